@@ -1,0 +1,60 @@
+"""The core loop: one optimizer step as the plan says, on whatever lanes it is given.
+
+[Note: who waits for what]
+Between backward and the next forward, each wait below orders one pair of conflicting accesses:
+
+- a gradient goes down once backward has produced it (``backward``) and its staging buffer's previous user was uploaded;
+- the CPU updates a state once its gradient is on the host, and once the state was flushed if an earlier step updated
+  it on the device;
+- new parameters go up once the CPU wrote them. Backward has read the old ones by then: it came before the gradient;
+- a slot is refilled once drained, with a state that was flushed;
+- the device updates a slot once filled, and the slot is flushed once updated;
+- the next forward reads parameters once all uploads are done. That also keeps each gradient until it was read.
+
+Flushes are not waited for here: they overlap the next forward, and whoever reads the state next waits for them.
+Lane order does the rest. Remove a wait, and `offload.ordering.find_hazards` names what became unordered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from offload.lanes import Lanes
+from offload.plan import OpKind, Plan
+from offload.subgroup import Slot, Staging, Subgroup
+
+
+def run_update(
+    plan: Plan, subgroups: Sequence[Subgroup], slots: Sequence[Slot], stagings: Sequence[Staging], lanes: Lanes
+) -> None:
+    """Enqueue the operations of ``plan``, each after the events it needs. See [Note: who waits for what]."""
+    backward = lanes.compute.mark()
+    for op in plan.ops:
+        subgroup = subgroups[op.subgroup]
+        if op.buffer is None:
+            lanes.compute.submit(subgroup.update_resident())
+            continue
+        if op.kind in (OpKind.PREFETCH, OpKind.UPDATE_GPU, OpKind.FLUSH):
+            slot = slots[op.buffer]
+        else:
+            staging = stagings[op.buffer]
+        match op.kind:
+            case OpKind.GRAD_DOWN:
+                work = subgroup.grad_down(staging)
+                subgroup.grad_on_host = lanes.d2h.submit(work, after=(backward, staging.uploaded))
+            case OpKind.UPDATE_CPU:
+                work = subgroup.update_cpu(staging)
+                subgroup.updated_on_host = lanes.host.submit(work, after=(subgroup.grad_on_host, subgroup.flushed))
+            case OpKind.UPLOAD:
+                work = subgroup.upload(staging)
+                staging.uploaded = lanes.h2d.submit(work, after=(subgroup.updated_on_host,))
+            case OpKind.PREFETCH:
+                work = subgroup.prefetch(slot)
+                slot.filled = lanes.h2d.submit(work, after=(slot.drained, subgroup.flushed))
+            case OpKind.UPDATE_GPU:
+                work = subgroup.update_gpu(slot)
+                slot.updated = lanes.compute.submit(work, after=(slot.filled,))
+            case OpKind.FLUSH:
+                work = subgroup.flush(slot)
+                subgroup.flushed = slot.drained = lanes.d2h.submit(work, after=(slot.updated,))
+    lanes.compute.wait(lanes.h2d.mark())

@@ -1,0 +1,174 @@
+"""What a machine can do: the rates the performance model predicts with, each with its source.
+
+Named profiles ship in ``offload/profiles/``; ``offload calibrate`` measures the machine at hand.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+Basis = Literal["measured", "published", "derived", "assumed"]
+
+_DIRECTORY = Path(__file__).parent / "profiles"
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One number of a profile and how far to trust it.
+
+    ``basis``: *measured* on such a machine by this project; *published* by somebody who measured or specified it;
+    *derived* from other figures, as ``source`` says; *assumed* otherwise. ``source`` says where it comes from.
+    """
+
+    value: float
+    basis: Basis
+    source: str
+
+    def __post_init__(self) -> None:
+        if self.basis not in get_args(Basis):
+            raise ValueError(f"basis must be one of {', '.join(get_args(Basis))}, got {self.basis!r}")
+        if not isinstance(self.source, str) or not self.source.strip():
+            raise ValueError(f"source of the value {self.value!r} is empty; say where the number comes from")
+
+
+@dataclass(frozen=True)
+class HardwareProfile:
+    """The rates of one machine, as one of its ranks (processes with a device of their own) sees them while all work.
+
+    An update is one Adam step on fp32 state with 16-bit gradients and parameters, in one fused pass: 28 bytes of memory
+    traffic a parameter. Make a profile with :meth:`load`, :meth:`from_figures` or :meth:`with_figures`; ``figures``
+    holds the numbers again, with their origin.
+    """
+
+    name: str
+    description: str
+    h2d_bytes_per_s: float  # pinned host memory to the device, this direction alone
+    d2h_bytes_per_s: float  # device to pinned host memory, this direction alone
+    both_bytes_per_s: float  # each way while both directions are busy, host memory permitting
+    copy_latency_s: float  # added to every copy
+    launch_latency_s: float  # added to every kernel
+    host_dram_bytes_per_s: float  # reads and writes together, this rank's share
+    host_update_params_per_s: float  # by this rank's cores, from its share of host memory, without copies beside
+    device_update_params_per_s: float  # state and gradients in device memory
+    device_memory_bytes: int
+    device_memory_bytes_per_s: float
+    device_flops: float  # sustained by a transformer's forward and backward in bf16, per second
+    num_ranks_per_node: int
+    figures: Mapping[str, Figure] = field(repr=False, hash=False)
+
+    def __post_init__(self) -> None:
+        for key in _NUMBERS:
+            value = getattr(self, key)
+            self._check(key, value)
+            if self.figures[key].value != value:
+                raise ValueError(
+                    f"{key} is {value!r} without a source; change numbers by with_figures({key}=Figure(...))"
+                )
+        slower = min(self.h2d_bytes_per_s, self.d2h_bytes_per_s)
+        if self.both_bytes_per_s > slower:
+            raise ValueError(
+                f"profile {self.name!r}: both_bytes_per_s is {self.both_bytes_per_s:g}, more than the slower direction "
+                f"has alone ({slower:g}); it is the rate each way while both are busy, so give at most that"
+            )
+
+    def _check(self, key: str, value: object) -> None:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            wanted = "a number"
+        elif key in _WHOLE_NUMBERS and (not isinstance(value, int) or value < 1):
+            wanted = "a whole number from 1 upward"
+        elif key in _LATENCIES and not 0 <= value < math.inf:
+            wanted = "0 or a positive finite number of seconds"
+        elif key not in _LATENCIES and not 0 < value < math.inf:
+            wanted = "a positive finite number"
+        else:
+            return
+        raise ValueError(f"profile {self.name!r}: {key} is {value!r}; give {wanted}")
+
+    @property
+    def duplex_factor(self) -> float:
+        """Share of the slower direction's rate that each direction keeps while both are busy: 1 is full duplex."""
+        return self.both_bytes_per_s / min(self.h2d_bytes_per_s, self.d2h_bytes_per_s)
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """The shipped profiles."""
+        return sorted(path.stem for path in _DIRECTORY.glob("*.json"))
+
+    @classmethod
+    def load(cls, name_or_path: str | PathLike[str]) -> HardwareProfile:
+        """A shipped profile by name, or one from a JSON file written by :meth:`save`.
+
+        Raises ValueError for an unknown name, a file that is no profile, and values out of range.
+        """
+        path = Path(name_or_path)
+        if name_or_path in cls.names():
+            path = _DIRECTORY / f"{name_or_path}.json"
+        elif not path.is_file():
+            raise ValueError(
+                f"no hardware profile {str(name_or_path)!r}: give the path of a profile file, or one of the shipped "
+                f"names {', '.join(cls.names())}"
+            )
+        try:
+            return _from_json(json.loads(path.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_figures(cls, name: str, description: str, figures: Mapping[str, Figure]) -> HardwareProfile:
+        """A profile of these numbers; ValueError if a field is missing, unknown or out of range."""
+        _check_keys(figures, _NUMBERS, f"profile {name!r}")
+        numbers: dict[str, Any] = {key: figures[key].value for key in _NUMBERS}
+        return cls(name=name, description=description, figures=figures, **numbers)
+
+    def with_figures(self, **figures: Figure) -> HardwareProfile:
+        """This profile with some numbers, and their sources, replaced; for rates measured while running."""
+        return self.from_figures(self.name, self.description, {**self.figures, **figures})
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the profile as JSON, for :meth:`load`."""
+        figures = {key: asdict(self.figures[key]) for key in _NUMBERS}
+        content = {"name": self.name, "description": self.description, "figures": figures}
+        Path(path).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def describe(self) -> str:
+        """Every number with its basis and source, as text."""
+        width = max(map(len, _NUMBERS))
+        lines = [f"{self.name}: {self.description}"]
+        for key in _NUMBERS:
+            figure = self.figures[key]
+            lines.append(f"  {key:<{width}}  {figure.value:<10.4g}  {figure.basis:<9}  {figure.source}")
+        return "\n".join(lines)
+
+
+_NUMBERS = tuple(item.name for item in fields(HardwareProfile) if item.type in ("float", "int"))
+_WHOLE_NUMBERS = ("device_memory_bytes", "num_ranks_per_node")
+_LATENCIES = ("copy_latency_s", "launch_latency_s")
+
+
+def _from_json(content: Any) -> HardwareProfile:
+    """The profile in parsed JSON: {"name", "description", "figures": {field: {"value", "basis", "source"}}}."""
+    _check_keys(content, ("name", "description", "figures"), "a profile")
+    _check_keys(content["figures"], _NUMBERS, "its figures")
+    figures = {}
+    for key, item in content["figures"].items():
+        _check_keys(item, ("value", "basis", "source"), f"figure {key}")
+        try:
+            figures[key] = Figure(**item)
+        except ValueError as error:
+            raise ValueError(f"figure {key}: {error}") from error
+    return HardwareProfile.from_figures(content["name"], content["description"], figures)
+
+
+def _check_keys(given: Any, wanted: Collection[str], what: str) -> None:
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{what} must be an object with the fields {', '.join(wanted)}, got {given!r}")
+    if missing := [key for key in wanted if key not in given]:
+        raise ValueError(f"{what} lacks {', '.join(missing)}; add each with value, basis and source, or calibrate")
+    if unknown := [key for key in given if key not in wanted]:
+        raise ValueError(f"{what} has unknown fields {', '.join(unknown)}; known are {', '.join(wanted)}")

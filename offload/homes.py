@@ -1,0 +1,128 @@
+"""Where each subgroup's state lives, and how many buffers stand beside it: decided once, from policy and budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from offload.plan import Placement, Plan, PlanError, lower
+from offload.policy import Policy, choose_placements, choose_residents
+from offload.pool import Budgets, MemoryBill
+from offload.subgroup import Subgroup
+
+DEFAULT_NUM_SLOTS = 2  # so that one slot fills while another drains, and both link directions are busy
+NUM_STAGING = 2  # so that the CPU updates one subgroup while another's gradient comes down or parameters go up
+
+
+@dataclass(frozen=True, slots=True)
+class Homes:
+    """Where states live.
+
+    Attributes:
+        residents: subgroups whose state lives on the device.
+        visitors: subgroups whose state lives in host memory but may visit the device, so it is pinned there.
+            All others live in pageable host memory and are always updated by the CPU.
+        num_slots: device buffers for visitors.
+        num_staging: host buffers for gradients and new parameters of CPU updates.
+    """
+
+    residents: frozenset[int] = frozenset()
+    visitors: frozenset[int] = frozenset()
+    num_slots: int = 0
+    num_staging: int = 0
+
+    def slot_bytes(self, subgroups: Sequence[Subgroup]) -> int:
+        """Size of one slot: the largest state that may visit."""
+        return max((subgroups[i].state_bytes for i in self.visitors), default=0)
+
+    def staging_bytes(self, subgroups: Sequence[Subgroup]) -> int:
+        """Size of a staging buffer's two halves, each: the largest gradient that may come down."""
+        return max((s.param_bytes for s in subgroups if s.index not in self.residents), default=0)
+
+    def bill(self, subgroups: Sequence[Subgroup]) -> MemoryBill:
+        return MemoryBill(
+            host_state_bytes=sum(s.state_bytes for s in subgroups if s.index not in self.residents),
+            pinned_state_bytes=sum(subgroups[i].state_bytes for i in self.visitors),
+            staging_bytes=2 * self.num_staging * self.staging_bytes(subgroups),
+            slot_bytes=self.num_slots * self.slot_bytes(subgroups),
+            resident_bytes=sum(subgroups[i].state_bytes for i in self.residents),
+        )
+
+    def host_only(self, subgroups: Sequence[Subgroup]) -> frozenset[int]:
+        return frozenset(range(len(subgroups))) - self.residents - self.visitors
+
+
+NOTHING_SETTLED = Homes()
+
+
+def settle(
+    policy: Policy,
+    subgroups: Sequence[Subgroup],
+    budgets: Budgets,
+    num_slots: int | None = None,
+    *,
+    settled: Homes = NOTHING_SETTLED,
+    num_settled: int = 0,
+) -> Homes:
+    """Decide for ``subgroups[num_settled:]``, without moving those that ``settled`` has decided already.
+
+    Policies that name placements get what they need, and the bill says whether the budgets hold it; ``"auto"`` takes
+    what the budgets leave. That no budget is exceeded is for :meth:`offload.pool.MemoryBill.check`.
+
+    Args:
+        num_slots: as the user asked, or None for the default.
+    """
+    if isinstance(policy, Plan):
+        if num_settled:
+            raise PlanError(
+                "this optimizer runs a fixed plan, which covers the parameters it was constructed with; "
+                "use a policy such as plan='auto' where parameters join later"
+            )
+        return Homes(
+            residents=choose_residents(policy, subgroups, None),
+            visitors=frozenset(i for i, where in policy.placements.items() if where is Placement.DEVICE),
+            num_slots=policy.num_buffers(Placement.DEVICE),
+            num_staging=policy.num_buffers(Placement.HOST),
+        )
+    added = subgroups[num_settled:]
+    taken = settled.bill(subgroups[:num_settled]) if num_settled else MemoryBill()
+    device_left = None if budgets.device_bytes is None else budgets.device_bytes - taken.device_bytes
+    residents = settled.residents | {added[i].index for i in choose_residents(policy, added, device_left)}
+    on_host = [s for s in added if s.index not in residents]
+    num_staging = NUM_STAGING if policy != "device" and (on_host or settled.num_staging) else 0
+    homes = Homes(residents, settled.visitors, num_slots or DEFAULT_NUM_SLOTS, num_staging)
+    if policy == "auto":
+        return _fill_budgets(homes, subgroups, on_host, budgets)
+    placements = choose_placements(policy, len(subgroups), residents)
+    visitors = settled.visitors | {s.index for s in on_host if placements[s.index] is Placement.DEVICE}
+    return replace(homes, visitors=visitors, num_slots=homes.num_slots if visitors else 0)
+
+
+def _fill_budgets(homes: Homes, subgroups: Sequence[Subgroup], on_host: Sequence[Subgroup], budgets: Budgets) -> Homes:
+    """Let as many host states visit the device as pinned memory holds, through as many slots as device memory holds."""
+    pinned_bytes = homes.bill(subgroups).pinned_bytes
+    visitors = set(homes.visitors)
+    for subgroup in on_host:
+        pinned_bytes += subgroup.state_bytes
+        if budgets.pinned_bytes is not None and pinned_bytes > budgets.pinned_bytes:
+            break
+        visitors.add(subgroup.index)
+    filled = replace(homes, visitors=frozenset(visitors))
+    num_slots = filled.num_slots if visitors else 0
+    if visitors and budgets.device_bytes is not None:
+        left = budgets.device_bytes - filled.bill(subgroups).resident_bytes
+        num_slots = min(num_slots, left // filled.slot_bytes(subgroups))
+    if num_slots < 1:  # nothing can visit, so nothing more need be pinned
+        return replace(homes, num_slots=0)
+    return replace(filled, num_slots=num_slots)
+
+
+def first_plan(policy: Policy, num_subgroups: int, homes: Homes) -> Plan:
+    """The plan of the first steps; ``"auto"`` sends every other visitor to the device, to measure both sides."""
+    if isinstance(policy, Plan):
+        return policy
+    placements = choose_placements(policy, num_subgroups, homes.residents)
+    if policy == "auto":
+        for i in sorted(homes.visitors)[1::2]:
+            placements[i] = Placement.DEVICE
+    return lower(placements, num_slots=homes.num_slots, num_staging=homes.num_staging)

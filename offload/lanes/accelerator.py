@@ -1,0 +1,122 @@
+"""Accelerator lanes: three streams and a worker thread, over the device-agnostic torch API."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+from offload.lanes.base import Event, Lanes, Work
+
+# Called once for each piece of work of a timed lane: lane's name, work's name, and two readings of its clock.
+Recorder = Callable[[str, str, "torch.Event | float", "torch.Event | float"], None]
+
+
+class HostEvent:
+    """Completion of work on the host lane. Waiting for it raises the work's exception, with its traceback."""
+
+    __slots__ = ("_future",)
+
+    def __init__(self, future: Future[None]) -> None:
+        self._future = future
+
+    def synchronize(self) -> None:
+        self._future.result()
+
+
+class StreamLane:
+    """Work enqueued on one stream, or on whatever stream is current when ``stream`` is None (the compute lane).
+
+    A stream cannot wait for a host thread, so the thread that submits waits for host events itself: plans put such
+    work (uploads) late enough that it seldom has to.
+    """
+
+    def __init__(self, name: str, device: torch.device, stream: torch.Stream | None) -> None:
+        self.name = name
+        self.recorder: Recorder | None = None
+        self._device = device
+        self._stream = stream
+
+    @property
+    def stream(self) -> torch.Stream:
+        return torch.accelerator.current_stream(self._device) if self._stream is None else self._stream
+
+    def submit(self, work: Work, after: Iterable[Event | None] = ()) -> Event:
+        stream = self.stream
+        for event in after:
+            self._wait(stream, event)
+        begin = self._record(stream) if self.recorder else None
+        with stream:
+            work.run()
+        end = self._record(stream)
+        if self.recorder and begin is not None:
+            self.recorder(self.name, work.name, begin, end)
+        return end
+
+    def wait(self, event: Event) -> None:
+        self._wait(self.stream, event)
+
+    def mark(self) -> torch.Event:
+        return self._record(self.stream)
+
+    def _record(self, stream: torch.Stream) -> torch.Event:
+        event = torch.Event(self._device, enable_timing=self.recorder is not None)
+        event.record(stream)
+        return event
+
+    @staticmethod
+    def _wait(stream: torch.Stream, event: Event | None) -> None:
+        if isinstance(event, torch.Event):
+            stream.wait_event(event)
+        elif event is not None:
+            event.synchronize()
+
+
+class HostLane:
+    """Work run by one worker thread, in order, off the caller's thread (kernels release the GIL).
+
+    Once a piece of work has failed, nothing later runs: every later event raises the same exception.
+    """
+
+    name = "host"
+
+    def __init__(self) -> None:
+        self.recorder: Recorder | None = None
+        self._error: BaseException | None = None
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="offload-host")
+
+    def submit(self, work: Work, after: Iterable[Event | None] = ()) -> Event:
+        return HostEvent(self._worker.submit(self._run, work, tuple(after)))
+
+    def wait(self, event: Event) -> None:
+        self.submit(Work("wait"), after=(event,))
+
+    def mark(self) -> Event:
+        return self.submit(Work("mark"))
+
+    def _run(self, work: Work, after: tuple[Event | None, ...]) -> None:
+        if self._error is not None:
+            raise self._error
+        try:
+            for event in after:
+                if event is not None:
+                    event.synchronize()
+            begin = time.perf_counter()
+            work.run()
+            if self.recorder:
+                self.recorder(self.name, work.name, begin, time.perf_counter())
+        except BaseException as error:
+            self._error = error
+            raise
+
+
+def accelerator_lanes(device: torch.device) -> Lanes:
+    """Lanes of ``device``: two side streams (one a link direction), the current stream, and a worker thread."""
+    return Lanes(
+        compute=StreamLane("compute", device, None),
+        h2d=StreamLane("h2d", device, torch.Stream(device)),
+        d2h=StreamLane("d2h", device, torch.Stream(device)),
+        host=HostLane(),
+    )

@@ -1,0 +1,102 @@
+"""How parameters are packed into subgroups, and which parameters can be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from offload.adam import ParamSlice
+
+PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DEFAULT_NUM_SUBGROUPS = 24  # enough to overlap transfers with updates; more only adds launches
+MIN_SUBGROUP_NUMEL = 2**20  # below this a transfer is latency and a CPU update runs on one thread
+MAX_SUBGROUP_NUMEL = 10**8  # the paper's subgroup size (arXiv 2410.21316)
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Parameters of one subgroup: same parameter group, same dtype, packed without gaps."""
+
+    group_index: int
+    dtype: torch.dtype
+    slices: tuple[ParamSlice, ...]
+
+    @property
+    def numel(self) -> int:
+        return sum(item.numel for item in self.slices)
+
+
+def check_param(param: Tensor, name: str, device: torch.device) -> None:
+    """Raise ValueError, naming the parameter, if it cannot be offloaded from ``device``."""
+    if param.device != device:
+        raise ValueError(
+            f"parameter {name} is on {param.device} but this optimizer's device is {device}; "
+            f"move the model to one device before constructing the optimizer, and leave it there"
+        )
+    if param.dtype not in PARAM_DTYPES:
+        raise ValueError(
+            f"parameter {name} has dtype {param.dtype}; supported are {', '.join(map(str, PARAM_DTYPES))}: "
+            f"convert it, or give it to another optimizer"
+        )
+    if param.layout is not torch.strided or not param.is_contiguous():
+        raise ValueError(
+            f"parameter {name} of shape {tuple(param.shape)} is not contiguous (strides {param.stride()}); "
+            f"make it so first: param.data = param.data.contiguous()"
+        )
+
+
+def check_grad(grad: Tensor, param: Tensor, name: str) -> None:
+    """Raise if the kernels cannot take a gradient."""
+    if grad.layout is not torch.strided:
+        raise RuntimeError(
+            f"the gradient of parameter {name} is sparse ({grad.layout}), which Adam here does not support; "
+            f"use torch.optim.SparseAdam for it, or an embedding with sparse=False"
+        )
+    if grad.dtype != param.dtype:
+        raise RuntimeError(
+            f"the gradient of parameter {name} has dtype {grad.dtype}, its parameter {param.dtype}; "
+            f"gradients are taken in the parameter's own dtype: cast the gradient, or clear param.grad_dtype"
+        )
+
+
+def resolve_subgroup_numel(subgroup_numel: int | None, total_numel: int) -> int:
+    """The subgroup size to pack for, from the user's wish and the trainable parameters of the model."""
+    if subgroup_numel is None:
+        return min(max(total_numel // DEFAULT_NUM_SUBGROUPS, MIN_SUBGROUP_NUMEL), MAX_SUBGROUP_NUMEL)
+    if not isinstance(subgroup_numel, int) or isinstance(subgroup_numel, bool):
+        raise TypeError(f"subgroup_numel must be an int or None, not {subgroup_numel!r}")
+    if not 1 <= subgroup_numel <= max(total_numel, 1):
+        raise ValueError(
+            f"subgroup_numel={subgroup_numel} is out of range: the model has {total_numel} trainable parameters, "
+            f"so give 1 to {max(total_numel, 1)}, or None to let the runtime choose"
+        )
+    return subgroup_numel
+
+
+def pack(group_index: int, params: Iterable[Tensor], subgroup_numel: int) -> list[Packed]:
+    """Pack whole parameters, in order and by dtype, into subgroups of about ``subgroup_numel`` elements.
+
+    A subgroup is closed when the next parameter would exceed that size, unless it is not half full: so a parameter
+    larger than the size takes small neighbours with it. Empty parameters have nothing to update and are left out.
+    """
+    by_dtype: dict[torch.dtype, list[list[Tensor]]] = {}
+    for param in params:
+        if param.numel() == 0:
+            continue
+        runs = by_dtype.setdefault(param.dtype, [[]])
+        filled = sum(p.numel() for p in runs[-1])
+        if filled + param.numel() > subgroup_numel and 2 * filled >= subgroup_numel:
+            runs.append([])
+        runs[-1].append(param)
+    return [Packed(group_index, dtype, _slices(run)) for dtype, runs in by_dtype.items() for run in runs]
+
+
+def _slices(params: Sequence[Tensor]) -> tuple[ParamSlice, ...]:
+    slices, offset = [], 0
+    for param in params:
+        slices.append(ParamSlice(param, offset, param.numel()))
+        offset += param.numel()
+    return tuple(slices)

@@ -1,0 +1,86 @@
+"""Which parameter has its state where, and when its float32 master must be read again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from offload.adam import AdamSubgroup, ParamSlice, read_master
+
+STATE_ROWS = ("master", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+
+class ParamHome:
+    """Where one parameter's state lives, and what the parameter looked like when its master last equalled it."""
+
+    __slots__ = ("_address", "_version", "actions", "item", "subgroup")
+
+    def __init__(self, subgroup: int, actions: AdamSubgroup, item: ParamSlice) -> None:
+        self.subgroup = subgroup
+        self.actions = actions
+        self.item = item
+        self._version = -1
+        self._address = 0
+
+    @property
+    def changed(self) -> bool:
+        param = self.item.param
+        return self._version != param._version or self._address != param.data_ptr()
+
+    def note_in_step(self) -> None:
+        """Record that master and parameter are equal, or will be when what is enqueued has run."""
+        self._version, self._address = self.item.param._version, self.item.param.data_ptr()
+
+    def views(self) -> dict[str, Tensor]:
+        """State in the names of torch's schema, as views of the slab in the parameter's shape.
+
+        A float32 parameter has no ``master`` entry: the parameter itself is that.
+        """
+        param = self.item.param
+        views = {
+            name: self.item.within(row).view_as(param)
+            for name, row in zip(STATE_ROWS, self.actions.state.unbind(), strict=False)
+        }
+        if param.dtype == torch.float32:
+            del views["master"]
+        return views
+
+
+class MasterTable:
+    """All parameters that have state.
+
+    A user may edit parameters between steps (load a checkpoint, tie, clamp, average): the parameter then wins over
+    its master. Edits are seen by autograd's version counter and by the address.
+    """
+
+    def __init__(self) -> None:
+        self._homes: dict[Tensor, ParamHome] = {}
+
+    def __contains__(self, param: Tensor) -> bool:
+        return param in self._homes
+
+    def __getitem__(self, param: Tensor) -> ParamHome:
+        return self._homes[param]
+
+    def add(self, subgroup: int, actions: AdamSubgroup) -> None:
+        for item in actions.slices:
+            self._homes[item.param] = ParamHome(subgroup, actions, item)
+
+    def refresh(self, synchronize: Callable[[], None], check: Callable[[Tensor], None], *, all_: bool = False) -> None:
+        """Read the masters of edited parameters (or all) again, after ``check`` accepted each and all is at rest."""
+        homes = [home for home in self._homes.values() if all_ or home.changed]
+        if not homes:
+            return
+        for home in homes:
+            check(home.item.param)
+        synchronize()
+        with torch.no_grad():
+            for home in homes:
+                read_master(home.actions, home.item)
+                home.note_in_step()
+
+    def note_in_step(self, params: Iterable[Tensor]) -> None:
+        for param in params:
+            self._homes[param].note_in_step()

@@ -1,0 +1,432 @@
+"""Adam and AdamW whose state lives in host memory: torch's optimizers in use, interleaved offloading inside."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from offload.adam import SliceUpdate
+from offload.explain import explain
+from offload.hardware import HardwareProfile
+from offload.kernels import AdamScalars
+from offload.layout import Packed, check_grad, check_param, pack, resolve_subgroup_numel
+from offload.masters import MasterTable, ParamHome
+from offload.optimizer_state import copy_entries, load_state
+from offload.perf_model import Prediction, Rates
+from offload.plan import Plan
+from offload.policy import Policy, parse_policy
+from offload.pool import Budgets, MemoryBill, parse_bytes
+from offload.runtime import Options, Runtime
+from offload.timeline import Span
+
+OnNonFinite = Literal["error", "skip"]
+
+
+class NonFiniteGradientError(RuntimeError):
+    """A gradient holds NaN or infinity. Parameters and optimizer state are as they were before the step."""
+
+
+class Adam(torch.optim.Optimizer):
+    """``torch.optim.Adam`` with its state in host memory, updated on the CPU and on the accelerator as a plan says.
+
+    Every placement gives the same bits: those of torch's fused CPU kernel. The method is that of *Deep Optimizer
+    States* (arXiv 2410.21316).
+
+    Args:
+        params: parameters, named parameters or groups, all on one device: float32, bfloat16 or float16, contiguous.
+            The device may be the CPU: then every update is the CPU's.
+        lr, betas, eps, weight_decay, amsgrad, maximize: as in torch.
+        foreach, fused, capturable, differentiable: accepted at the values that describe this optimizer (it is fused,
+            runs eagerly and is not differentiable), so that code written for torch's runs; other values are errors.
+        plan: ``"auto"`` measures rates in the first steps and takes the fastest split, ``"host"`` updates all on the
+            CPU, ``"device"`` streams all through the accelerator; or :class:`offload.Static`, :class:`offload.Stride`,
+            an :class:`offload.Plan` or its text.
+        device_budget, host_budget, pinned_budget: upper bounds on what the optimizer takes beyond parameters and
+            gradients, in bytes or as text ("4GiB"); None for no limit. Exceeding one is an error at construction.
+        subgroup_numel: parameters in a subgroup, about: whole parameters are packed. None takes a 24th of the
+            model, within 2**20 and 1e8.
+        num_slots: device buffers, each for one subgroup's state.
+        on_nonfinite: what :meth:`step` does about NaN or infinity in a gradient: raise
+            :class:`NonFiniteGradientError`, or skip the step and count it in ``num_skipped_steps``. State and
+            parameters are untouched either way.
+
+    Raises:
+        ValueError, TypeError: for parameters or arguments that cannot be taken, naming value, limit and remedy.
+        offload.BudgetError: if a budget does not hold what is asked for.
+    """
+
+    _decoupled = False
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        plan: Policy | str = "auto",
+        device_budget: int | str | None = None,
+        host_budget: int | str | None = None,
+        pinned_budget: int | str | None = None,
+        subgroup_numel: int | None = None,
+        num_slots: int | None = None,
+        on_nonfinite: OnNonFinite = "error",
+    ) -> None:
+        _check_torch_arguments(foreach=foreach, fused=fused, capturable=capturable, differentiable=differentiable)
+        if on_nonfinite not in ("error", "skip"):
+            raise ValueError(f"on_nonfinite={on_nonfinite!r} is neither 'error' nor 'skip'")
+        if num_slots is not None and num_slots < 1:
+            raise ValueError(f"num_slots={num_slots} is too few; give 1 or more (2 keeps both link directions busy)")
+        budgets = Budgets(
+            device_bytes=parse_bytes(device_budget, "device_budget"),
+            host_bytes=parse_bytes(host_budget, "host_budget"),
+            pinned_bytes=parse_bytes(pinned_budget, "pinned_budget"),
+        )
+        self._options = Options(parse_policy(plan), budgets, subgroup_numel, num_slots)
+        self.on_nonfinite = on_nonfinite
+        self.num_skipped_steps = 0
+        defaults = {
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad,
+            "maximize": maximize, "foreach": None, "capturable": False, "differentiable": False, "fused": None,
+            "decoupled_weight_decay": self._decoupled,
+        }  # fmt: skip
+        self._forget_runtime()
+        super().__init__(params, defaults)
+        self._build()
+
+    # ---- construction
+
+    def _forget_runtime(self) -> None:
+        self._runtime: Runtime | None = None
+        self._masters = MasterTable()
+        self._grad_scale: Tensor | None = None
+
+    def _build(self) -> None:
+        params = [p for group in self.param_groups for p in group["params"]]
+        device, options = params[0].device, self._options
+        if device.type == "cpu" and options.policy == "auto":
+            options = Options("host", options.budgets, options.subgroup_numel, options.num_slots)
+        total_numel = sum(p.numel() for p in params if p.requires_grad)
+        self._subgroup_numel = resolve_subgroup_numel(options.subgroup_numel, total_numel)
+        for name, param in self._named_params():
+            check_param(param, name, device)
+        self._runtime = Runtime(device, options)
+        self._add_to_runtime(range(len(self.param_groups)))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group, as in torch; its state is allocated at once, within the budgets."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            _check_group(group)
+            if self._runtime is not None:
+                for name, param in self._named_params(len(self.param_groups) - 1):
+                    check_param(param, name, self._runtime.device)
+                self._add_to_runtime([len(self.param_groups) - 1])
+        except BaseException:
+            self.param_groups.pop()
+            raise
+
+    def _add_to_runtime(self, group_indices: Iterable[int]) -> None:
+        """Allocate state for the trainable parameters of these groups that have none yet."""
+        packed: dict[int, list[Packed]] = {}
+        for index in group_indices:
+            group = self.param_groups[index]
+            params = dict.fromkeys(p for p in group["params"] if p.requires_grad and p not in self._masters)
+            num_state_rows = 4 if group["amsgrad"] else 3
+            packed.setdefault(num_state_rows, []).extend(pack(index, params, self._subgroup_numel))
+        for num_state_rows, subgroups in packed.items():
+            first = len(self.runtime.subgroups)
+            for i, actions in enumerate(self.runtime.add(subgroups, num_state_rows)):
+                self._masters.add(first + i, actions)
+        self._refresh_masters()
+
+    @property
+    def runtime(self) -> Runtime:
+        """The runtime underneath: subgroups, plan, bill and lanes."""
+        assert self._runtime is not None
+        return self._runtime
+
+    # ---- the step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update the parameters that have a gradient. As torch's, with these differences:
+
+        - a coefficient from :meth:`clip_grad_norm_` is applied inside the update; ``param.grad`` keeps its values;
+        - NaN or infinity in a gradient is an error or skips the step, see ``on_nonfinite``.
+
+        Returns when the next forward may be enqueued on the current stream, not when states are back in host memory:
+        :meth:`synchronize`, :meth:`state_dict` and the next step wait for that.
+        """
+        self.runtime.check_usable()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        params = self._params_with_grad()
+        if not params:
+            warnings.warn("step() found no gradients, so it changed nothing: was backward() called?", stacklevel=3)
+            return loss
+        grad_scale = 1.0 if self._grad_scale is None else float(self._grad_scale)
+        self._grad_scale = None
+        if not _all_finite([param.grad for _, param in params if param.grad is not None]):
+            self._refuse_nonfinite(params)
+            return loss
+        self._refresh_masters()
+        self._run(params, grad_scale)
+        return loss
+
+    def _run(self, params: Sequence[tuple[dict[str, Any], Tensor]], grad_scale: float) -> None:
+        updates: dict[int, list[SliceUpdate]] = {}
+        scalars_of: dict[tuple[int, int], AdamScalars] = {}
+        for group, param in params:
+            home = self._masters[param]
+            step = self._count_step(param, home)
+            key = (id(group), step)
+            if key not in scalars_of:
+                scalars_of[key] = self._scalars(group, step, grad_scale)
+            assert param.grad is not None
+            update = SliceUpdate(home.item, param.grad.detach().reshape(-1), scalars_of[key])
+            updates.setdefault(home.subgroup, []).append(update)
+        for subgroup_updates in updates.values():
+            subgroup_updates.sort(key=lambda update: update.slice.offset)
+        self.runtime.step(updates)
+        self._masters.note_in_step(param for _, param in params)
+
+    def _scalars(self, group: dict[str, Any], step: int, grad_scale: float) -> AdamScalars:
+        beta1, beta2 = group["betas"]
+        return AdamScalars.at_step(
+            lr=float(group["lr"]),
+            betas=(float(beta1), float(beta2)),
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            step=step,
+            decoupled=self._decoupled,
+            maximize=group["maximize"],
+            grad_scale=grad_scale,
+        )
+
+    def _count_step(self, param: Tensor, home: ParamHome) -> int:
+        """Count one more step of ``param`` in its entry of ``self.state``, which is made at its first step."""
+        state = self.state[param]
+        if not state:
+            state.update(step=torch.tensor(0.0), **home.views())
+        state["step"] += 1
+        return int(state["step"])
+
+    def _params_with_grad(self) -> list[tuple[dict[str, Any], Tensor]]:
+        found = []
+        for index, group in enumerate(self.param_groups):
+            for i, param in enumerate(group["params"]):
+                if param.grad is not None and param.numel():
+                    check_grad(param.grad, param, _name(group, index, i))
+                    found.append((group, param))
+        if any(param not in self._masters for _, param in found):  # frozen when this was constructed, trained now
+            self._add_to_runtime(range(len(self.param_groups)))
+        return found
+
+    def refresh_masters(self) -> None:
+        """Take over every parameter's present value.
+
+        Needed only after edits through ``param.data``, which autograd's version counter does not see; all others
+        (``param.copy_``, ``model.load_state_dict``, ...) are taken over by the next step.
+        """
+        self._refresh_masters(all_=True)
+
+    def _refresh_masters(self, *, all_: bool = False) -> None:
+        self._masters.refresh(self.synchronize, self._check_param, all_=all_)
+
+    def _check_param(self, param: Tensor) -> None:
+        check_param(param, self._name_of(param), self.runtime.device)
+
+    def _refuse_nonfinite(self, params: Sequence[tuple[dict[str, Any], Tensor]]) -> None:
+        if self.on_nonfinite == "skip":
+            self.num_skipped_steps += 1
+            return
+        bad = [self._name_of(p) for _, p in params if p.grad is not None and not _all_finite([p.grad])]
+        raise NonFiniteGradientError(
+            f"{len(bad)} of {len(params)} gradients hold NaN or infinity, first: {', '.join(bad[:3])}; nothing was "
+            f"changed. Lower the learning rate or the loss scale, or construct with on_nonfinite='skip'"
+        )
+
+    # ---- gradients
+
+    @torch.no_grad()
+    def clip_grad_norm_(
+        self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False, foreach: bool | None = None
+    ) -> Tensor:
+        """Clip the total norm of all gradients to ``max_norm`` in the next :meth:`step`.
+
+        Returns torch's total norm, bit for bit, wherever subgroups are updated. The coefficient is multiplied in
+        float32 inside the update instead of in a pass of its own, so ``param.grad`` keeps its values.
+        """
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads, norm_type, error_if_nonfinite, foreach)
+        if self._grad_scale is not None:
+            norm = norm * self._grad_scale.to(norm.device)
+        scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+        self._grad_scale = scale if self._grad_scale is None else scale * self._grad_scale
+        return norm
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; also forgets a clip coefficient that no step has used."""
+        self._grad_scale = None
+        super().zero_grad(set_to_none)
+
+    # ---- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """State in the schema of ``torch.optim.Adam``/``AdamW``, as tensors that share memory with this optimizer.
+
+        Parameters that are not float32 have one entry more, ``master``: their float32 values.
+        """
+        self.synchronize()
+        return super().state_dict()
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load state saved by this class under any plan and budgets, or by ``torch.optim.Adam``/``AdamW``.
+
+        Raises:
+            ValueError: if the state is another model's; nothing is loaded then.
+        """
+        self.synchronize()
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        self._refresh_masters()
+        load_state(self.param_groups, self.state, self._masters, state_dict)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and deepcopy: options, groups and state; memory, streams and the worker are made anew."""
+        self.synchronize()
+        return {
+            "defaults": self.defaults,
+            "param_groups": self.param_groups,
+            "state": copy_entries(self.state),
+            "_options": self._options,
+            "on_nonfinite": self.on_nonfinite,
+            "num_skipped_steps": self.num_skipped_steps,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_options" not in state:  # torch's own load_state_dict path passes groups only
+            return
+        entries, self.state = self.state, defaultdict(dict)
+        self._forget_runtime()
+        self._build()
+        with torch.no_grad():
+            for param, saved in entries.items():
+                views = self._masters[param].views()
+                for name, view in views.items():
+                    view.copy_(saved[name])
+                self.state[param] = {"step": saved["step"], **views}
+
+    # ---- insight
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the next step."""
+        return self.runtime.plan
+
+    def set_plan(self, plan: Plan | str) -> None:
+        """Run ``plan`` (a :class:`offload.Plan` or its text) from the next step on. Bits do not depend on it.
+
+        Raises:
+            PlanError, BudgetError: if it does not fit the subgroups, or the memory taken at construction.
+        """
+        self.runtime.set_plan(Plan.parse(plan) if isinstance(plan, str) else plan)
+
+    @property
+    def bill(self) -> MemoryBill:
+        """Bytes taken beyond parameters and gradients."""
+        return self.runtime.bill
+
+    def explain(self) -> str:
+        """Which subgroup is updated where, what it costs in memory, and what the rates measured so far predict."""
+        return explain(self.runtime)
+
+    def simulate(self, machine: HardwareProfile | Rates, plan: Plan | None = None) -> Prediction:
+        """Predict one update of these subgroups on a named or measured machine, without running it."""
+        rates = machine if isinstance(machine, Rates) else Rates.from_profile(machine)
+        return self.runtime.simulate(rates, plan)
+
+    def timeline(self) -> list[Span]:
+        """What ran when in the last measured step; empty if none was."""
+        return list(self.runtime.spans)
+
+    def synchronize(self) -> None:
+        """Wait for everything in flight. Reading states or editing parameters behind autograd's back needs it."""
+        self.runtime.synchronize()
+
+    def _named_params(self, group_index: int | None = None) -> Iterator[tuple[str, Tensor]]:
+        for index, group in enumerate(self.param_groups):
+            if group_index in (None, index):
+                for i, param in enumerate(group["params"]):
+                    yield _name(group, index, i), param
+
+    def _name_of(self, param: Tensor) -> str:
+        return next(name for name, other in self._named_params() if other is param)
+
+
+class AdamW(Adam):
+    """``torch.optim.AdamW`` (weight decay decoupled from the gradient), offloaded. See :class:`Adam`."""
+
+    _decoupled = True
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **kwargs)
+
+
+def _check_torch_arguments(**arguments: bool | None) -> None:
+    """Accept torch's implementation switches at the values that are true of this optimizer."""
+    accepted = {"foreach": (None, False), "fused": (None, True), "capturable": (False,), "differentiable": (False,)}
+    for name, value in arguments.items():
+        if value not in accepted[name]:
+            raise ValueError(f"{name}={value} is not available: the update is one fused pass outside autograd and "
+                             f"CUDA graphs; leave {name} at {accepted[name][0]}")  # fmt: skip
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    """Raise ValueError for hyper-parameters that torch refuses too."""
+    for name in ("lr", "eps", "weight_decay"):
+        if not float(group[name]) >= 0:
+            raise ValueError(f"{name}={group[name]} is out of range; give 0 or more")
+    for i, beta in enumerate(group["betas"]):
+        if not 0 <= float(beta) < 1:
+            raise ValueError(f"betas[{i}]={beta} is out of range; give at least 0 and less than 1")
+
+
+def _all_finite(grads: Sequence[Tensor]) -> bool:
+    """Whether no gradient holds NaN or infinity: one pass on the device, one wait of the host."""
+    return bool(torch.isfinite(torch.nn.utils.get_total_norm(grads, float("inf"))))
+
+
+def _name(group: dict[str, Any], group_index: int, index: int) -> str:
+    return str(group["param_names"][index]) if "param_names" in group else f"{index} of group {group_index}"

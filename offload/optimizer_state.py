@@ -1,0 +1,96 @@
+"""Optimizer state in torch's schema: checked as a whole before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offload.masters import MasterTable
+
+# Group entries that say how torch's optimizer computes, not what: they stay as constructed.
+_NOT_LOADED = ("params", "foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay", "param_names")
+
+
+def match_params(groups: Sequence[dict[str, Any]], saved_groups: Sequence[dict[str, Any]]) -> dict[int, Tensor]:
+    """Parameters by the saved state's indices. Raises ValueError if the groups differ in number or size."""
+    if len(groups) != len(saved_groups):
+        raise ValueError(
+            f"the state to load has {len(saved_groups)} parameter groups, this optimizer {len(groups)}: "
+            f"it belongs to another model or to other groups"
+        )
+    params: dict[int, Tensor] = {}
+    for index, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
+        if len(group["params"]) != len(saved["params"]):
+            raise ValueError(
+                f"group {index} of the state to load has {len(saved['params'])} parameters, this optimizer's "
+                f"{len(group['params'])}: it belongs to another model or to other groups"
+            )
+        if bool(group["amsgrad"]) != bool(saved.get("amsgrad", False)):
+            raise ValueError(
+                f"group {index} was saved with amsgrad={saved.get('amsgrad', False)} and constructed with "
+                f"amsgrad={group['amsgrad']}; construct the optimizer as it was when it was saved"
+            )
+        params.update(zip(saved["params"], group["params"], strict=True))
+    return params
+
+
+def check_entry(index: int, param: Tensor, saved: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Raise ValueError unless ``saved`` holds a step and, for each of ``names``, a tensor of the parameter's shape."""
+    if missing := sorted({"step", *names} - saved.keys() - {"master"}):
+        raise ValueError(f"the state to load lacks {missing} for parameter {index}: it is no Adam state")
+    for name in names:
+        if name in saved and tuple(saved[name].shape) != tuple(param.shape):
+            raise ValueError(
+                f"{name} of parameter {index} in the state to load has shape {tuple(saved[name].shape)}, the "
+                f"parameter {tuple(param.shape)}: the state belongs to another model"
+            )
+
+
+def load_state(
+    groups: Sequence[dict[str, Any]],
+    state: dict[Tensor, dict[str, Tensor]],
+    masters: MasterTable,
+    state_dict: Mapping[str, Any],
+) -> None:
+    """Fill ``state`` and the slabs behind ``masters`` from ``state_dict``; nothing is changed if it does not fit.
+
+    A float32 parameter is its own master, so a saved ``master`` is not needed for it; for any other dtype a missing
+    ``master`` (state saved by torch) is taken from the parameter.
+    """
+    params = match_params(groups, state_dict["param_groups"])
+    saved_state: Mapping[int, Mapping[str, Any]] = state_dict["state"]
+    for index, saved in saved_state.items():
+        if index not in params:
+            raise ValueError(f"the state to load has an entry for parameter {index}, which no group holds")
+        param = params[index]
+        if param not in masters:
+            raise ValueError(
+                f"the state to load has an entry for parameter {index}, which was frozen when this optimizer was "
+                f"constructed; set requires_grad first"
+            )
+        check_entry(index, param, saved, list(masters[param].views()))
+
+    for index, param in params.items():
+        state.pop(param, None)
+        if param not in masters:
+            continue
+        views = masters[param].views()
+        if index not in saved_state:  # never stepped when it was saved
+            for name, view in views.items():
+                if name != "master":
+                    view.zero_()
+            continue
+        for name, view in views.items():
+            if name in saved_state[index]:
+                view.copy_(saved_state[index][name])
+        state[param] = {"step": torch.tensor(float(saved_state[index]["step"])), **views}
+    for group, saved_group in zip(groups, state_dict["param_groups"], strict=True):
+        group.update({key: value for key, value in saved_group.items() if key not in _NOT_LOADED})
+
+
+def copy_entries(state: Mapping[Tensor, Mapping[str, Tensor]]) -> dict[Tensor, dict[str, Tensor]]:
+    """Copies that share no memory with the slabs."""
+    return {param: {name: value.clone() for name, value in entries.items()} for param, entries in state.items()}

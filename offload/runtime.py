@@ -1,0 +1,214 @@
+"""The runtime of one device: subgroups and their memory, the plan in force, and the steps it runs."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from offload.accelerators import accelerator_for
+from offload.adam import AdamSubgroup, SliceUpdate
+from offload.executor import run_update
+from offload.homes import Homes, first_plan, settle
+from offload.lanes import Lanes
+from offload.lanes.accelerator import StreamLane, accelerator_lanes
+from offload.lanes.inline import inline_lanes
+from offload.layout import Packed
+from offload.ordering import check_ordering
+from offload.perf_model import Prediction, Rates, predict
+from offload.plan import Placement, Plan
+from offload.planner import best_plan
+from offload.policy import Policy
+from offload.pool import BudgetError, Budgets, MemoryBill, Pool, format_bytes
+from offload.subgroup import FLOAT32_BYTES, Subgroup
+from offload.timeline import Span
+from offload.timing import StepTimer, measured_rates
+
+logger = logging.getLogger("offload")
+
+WARM_UP_STEPS = 1  # first touch of memory and compilation of kernels are not what later steps cost
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the user asked for, checked."""
+
+    policy: Policy
+    budgets: Budgets
+    subgroup_numel: int | None
+    num_slots: int | None
+
+
+def lanes_for(device: torch.device) -> Lanes:
+    """Streams and a worker on an accelerator; for parameters on the CPU, everything at once and in order."""
+    return inline_lanes() if device.type == "cpu" else accelerator_lanes(device)
+
+
+def _wait_for_copies(lanes: Lanes) -> None:
+    for lane in (lanes.h2d, lanes.d2h):
+        lane.mark().synchronize()
+
+
+class Runtime:
+    """Owns lanes, memory and plan of one device, and runs steps.
+
+    Not thread-safe. After an error inside a step the state may be half updated: every later step raises.
+    """
+
+    def __init__(self, device: torch.device, options: Options) -> None:
+        self.device = device
+        self.options = options
+        self.accelerator = None if device.type == "cpu" else accelerator_for(device)
+        self.lanes = lanes_for(device)
+        self.pool = Pool(device, self.accelerator)
+        self.subgroups: list[Subgroup] = []
+        self.actions: list[AdamSubgroup] = []
+        self.homes = Homes()
+        self.bill = MemoryBill()
+        self.rates: Rates | None = None
+        self.spans: list[Span] = []
+        self._plan = Plan(())
+        self._steps_until_measured = WARM_UP_STEPS if options.policy == "auto" else -1
+        self._broken: BaseException | None = None
+        # Pinned memory and slots may go back only when no copy uses them; at exit the device's own teardown waits.
+        weakref.finalize(self, _wait_for_copies, self.lanes).atexit = False
+
+    # ---- layout and memory
+
+    def add(self, packed: Sequence[Packed], num_state_rows: int) -> list[AdamSubgroup]:
+        """Append subgroups, allocate what they need, and plan anew.
+
+        Raises:
+            BudgetError, PlanError: before anything is allocated or changed.
+        """
+        options, num_settled = self.options, len(self.subgroups)
+        added = [
+            Subgroup(
+                index=num_settled + i,
+                numel=item.numel,
+                param_bytes=item.numel * item.dtype.itemsize,
+                state_bytes=item.numel * num_state_rows * FLOAT32_BYTES,
+            )
+            for i, item in enumerate(packed)
+        ]
+        subgroups = [*self.subgroups, *added]
+        homes = settle(
+            options.policy, subgroups, options.budgets, options.num_slots, settled=self.homes, num_settled=num_settled
+        )
+        bill = homes.bill(subgroups)
+        bill.check(options.budgets)
+        plan = first_plan(options.policy, len(subgroups), homes)
+        self._check_plan(plan, subgroups, homes)
+
+        self.synchronize()
+        for subgroup, item in zip(added, packed, strict=True):
+            if subgroup.index in homes.residents:
+                state = self.pool.device_state(num_state_rows, subgroup.numel)
+            else:
+                pinned = subgroup.index in homes.visitors
+                state = self.pool.host_state(num_state_rows, subgroup.numel, pinned=pinned)
+            subgroup.actions = AdamSubgroup(item.slices, item.dtype, state, self.accelerator)
+            self.actions.append(subgroup.actions)
+        streams = [lane.stream for lane in (self.lanes.h2d, self.lanes.d2h) if isinstance(lane, StreamLane)]
+        self.pool.set_slots(homes.num_slots, homes.slot_bytes(subgroups), streams)
+        self.pool.set_stagings(homes.num_staging, homes.staging_bytes(subgroups))
+        self.subgroups, self.homes, self.bill, self._plan = subgroups, homes, bill, plan
+        return self.actions[num_settled:]
+
+    # ---- the plan
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the next step."""
+        return self._plan
+
+    def set_plan(self, plan: Plan) -> None:
+        """Run ``plan`` from the next step on, in the memory there is, and stop choosing plans.
+
+        Raises:
+            PlanError: if it does not fit the subgroups, the slots or the staging buffers.
+            BudgetError: if a subgroup is to visit the device whose state is not pinned.
+        """
+        self._check_plan(plan, self.subgroups, self.homes)
+        self._plan = plan
+        self._steps_until_measured = -1
+
+    def _check_plan(self, plan: Plan, subgroups: Sequence[Subgroup], homes: Homes) -> None:
+        plan.validate(
+            len(subgroups), num_slots=homes.num_slots, num_staging=homes.num_staging, resident=homes.residents
+        )
+        visitors = {i for i, where in plan.placements.items() if where is Placement.DEVICE}
+        if pageable := sorted(visitors - homes.visitors):
+            needed = sum(subgroups[i].state_bytes for i in pageable)
+            raise BudgetError(
+                f"the plan updates subgroups {pageable} on the device, but their state is not pinned: "
+                f"{format_bytes(needed)} more pinned memory is needed; construct the optimizer with plan='auto' or "
+                f"with this plan, and raise pinned_budget if one is set"
+            )
+        check_ordering([self._plan, plan, plan], subgroups)
+
+    def _replan(self) -> None:
+        """Choose the fastest plan at the rates just measured."""
+        self.rates = measured_rates(self.spans, self.subgroups)
+        if self.rates is None:
+            return
+        best = best_plan(self.subgroups, self.rates, self.homes)
+        self._check_plan(best.plan, self.subgroups, self.homes)
+        self._plan = best.plan
+        num_device = sum(where is Placement.DEVICE for where in best.plan.placements.values())
+        logger.info("measured rates: %d of %d subgroups visit the device", num_device, len(self.subgroups))
+
+    # ---- steps
+
+    def step(self, updates: Mapping[int, Sequence[SliceUpdate]], *, timed: bool = False) -> None:
+        """Run one step over the parameters in ``updates`` (by subgroup; a subgroup that is missing is left alone).
+
+        Returns when every CPU update is done and all else is enqueued: the next forward on the current stream sees
+        the new parameters; states may still be on their way to the host. A ``timed`` step waits for everything and
+        leaves what ran when in ``spans``.
+
+        Raises:
+            RuntimeError: if an earlier step failed half way.
+            Exception: whatever failed in a lane, with its traceback.
+        """
+        self.check_usable()
+        replan = self._steps_until_measured == 0
+        self._steps_until_measured -= self._steps_until_measured >= 0
+        idle = frozenset(range(len(self.subgroups))) - updates.keys()
+        try:
+            timer = StepTimer(self.lanes, self.device) if (timed or replan) and self.accelerator is not None else None
+            for index, subgroup_updates in updates.items():
+                self.actions[index].begin_step(subgroup_updates)
+            run_update(self._plan.without(idle), self.subgroups, self.pool.slots, self.pool.stagings, self.lanes)
+            if timer is not None:
+                timer.stop()
+                self.lanes.synchronize()
+                self.spans = timer.spans()
+        except BaseException as error:
+            self._broken = error
+            raise
+        finally:
+            for index in updates:
+                self.actions[index].end_step()
+        if replan:
+            self._replan()
+
+    def synchronize(self) -> None:
+        """Wait until nothing is in flight: parameters and states may be read and written by anyone afterwards."""
+        self.check_usable()
+        self.lanes.synchronize()
+
+    def check_usable(self) -> None:
+        """Raise RuntimeError if a step failed half way."""
+        if self._broken is not None:
+            raise RuntimeError(
+                "this optimizer is broken: an earlier step failed half way, so parameters and optimizer state may "
+                "disagree; construct a new optimizer and load the last checkpoint of the model and the optimizer"
+            ) from self._broken
+
+    def simulate(self, rates: Rates, plan: Plan | None = None) -> Prediction:
+        """Predict one step of ``plan`` (default: the one in force) on a machine of ``rates``."""
+        return predict(self._plan if plan is None else plan, self.subgroups, rates)

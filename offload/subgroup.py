@@ -1,0 +1,166 @@
+"""Subgroups and the buffers they pass through: sizes, events, and the work of each operation.
+
+A subgroup is a contiguous run of whole parameters, the unit of placement and transfer. What its operations do to
+tensors is given by ``actions``; a subgroup without actions has sizes only, which is all that prediction and ordering
+checks need.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Protocol
+
+from torch import Tensor
+
+from offload.lanes import Event, Work
+from offload.lanes.base import nothing
+
+FLOAT32_BYTES = 4
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """A device buffer for the state of one subgroup at a time (flat float32), and when it was last used."""
+
+    index: int
+    buffer: Tensor | None = None
+    filled: Event | None = None
+    updated: Event | None = None
+    drained: Event | None = None
+
+    @property
+    def name(self) -> tuple[str, int]:
+        return ("slot", self.index)
+
+
+@dataclass(slots=True, eq=False)
+class Staging:
+    """Pinned host buffers for the gradient and the new parameters of one subgroup at a time (bytes)."""
+
+    index: int
+    grad: Tensor | None = None
+    param: Tensor | None = None
+    uploaded: Event | None = None
+
+    @property
+    def grad_name(self) -> tuple[str, int]:
+        return ("staging grad", self.index)
+
+    @property
+    def param_name(self) -> tuple[str, int]:
+        return ("staging param", self.index)
+
+
+class Actions(Protocol):
+    """What the operations do to the tensors of one subgroup; each enqueues on the lane it is submitted to."""
+
+    def grad_down(self, staging: Staging) -> None: ...
+    def update_cpu(self, staging: Staging) -> None: ...
+    def upload(self, staging: Staging) -> None: ...
+    def prefetch(self, slot: Slot) -> None: ...
+    def update_gpu(self, slot: Slot) -> None: ...
+    def flush(self, slot: Slot) -> None: ...
+    def update_resident(self) -> None: ...
+
+
+@dataclass(slots=True, eq=False)
+class Subgroup:
+    """Sizes, latest events and operations of one subgroup.
+
+    Attributes:
+        index: position in the layout; the number in a plan's text.
+        numel: parameters in the subgroup.
+        param_bytes: bytes of its parameters on the device; its gradient has as many.
+        state_bytes: bytes of its optimizer state (float32, one row each for master, exp_avg, exp_avg_sq, ...).
+    """
+
+    index: int
+    numel: int
+    param_bytes: int
+    state_bytes: int
+    actions: Actions | None = None
+    grad_on_host: Event | None = None
+    updated_on_host: Event | None = None
+    flushed: Event | None = None
+
+    def sizes_only(self) -> Subgroup:
+        """The same sizes without tensors or events."""
+        return replace(self, actions=None, grad_on_host=None, updated_on_host=None, flushed=None)
+
+    # Buffers, as the ordering checks name them.
+    @property
+    def param_name(self) -> tuple[str, int]:
+        return ("param", self.index)
+
+    @property
+    def grad_name(self) -> tuple[str, int]:
+        return ("grad", self.index)
+
+    @property
+    def state_name(self) -> tuple[str, int]:
+        return ("state", self.index)
+
+    # The work of each operation.
+    def grad_down(self, staging: Staging) -> Work:
+        return Work(
+            f"D{self.index}@{staging.index}",
+            partial(self.actions.grad_down, staging) if self.actions else nothing,
+            num_bytes=self.param_bytes,
+            reads=(self.grad_name,),
+            writes=(staging.grad_name,),
+        )
+
+    def update_cpu(self, staging: Staging) -> Work:
+        return Work(
+            f"C{self.index}@{staging.index}",
+            partial(self.actions.update_cpu, staging) if self.actions else nothing,
+            numel=self.numel,
+            reads=(staging.grad_name,),
+            writes=(self.state_name, staging.param_name),
+        )
+
+    def upload(self, staging: Staging) -> Work:
+        return Work(
+            f"U{self.index}@{staging.index}",
+            partial(self.actions.upload, staging) if self.actions else nothing,
+            num_bytes=self.param_bytes,
+            reads=(staging.param_name,),
+            writes=(self.param_name,),
+        )
+
+    def prefetch(self, slot: Slot) -> Work:
+        return Work(
+            f"P{self.index}@{slot.index}",
+            partial(self.actions.prefetch, slot) if self.actions else nothing,
+            num_bytes=self.state_bytes,
+            reads=(self.state_name,),
+            writes=(slot.name,),
+        )
+
+    def update_gpu(self, slot: Slot) -> Work:
+        return Work(
+            f"G{self.index}@{slot.index}",
+            partial(self.actions.update_gpu, slot) if self.actions else nothing,
+            numel=self.numel,
+            reads=(self.grad_name,),
+            writes=(slot.name, self.param_name),
+        )
+
+    def flush(self, slot: Slot) -> Work:
+        return Work(
+            f"F{self.index}@{slot.index}",
+            partial(self.actions.flush, slot) if self.actions else nothing,
+            num_bytes=self.state_bytes,
+            reads=(slot.name,),
+            writes=(self.state_name,),
+        )
+
+    def update_resident(self) -> Work:
+        return Work(
+            f"R{self.index}",
+            self.actions.update_resident if self.actions else nothing,
+            numel=self.numel,
+            reads=(self.grad_name,),
+            writes=(self.state_name, self.param_name),
+        )
