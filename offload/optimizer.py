@@ -368,8 +368,12 @@ class Adam(torch.optim.Optimizer):
         rates = machine if isinstance(machine, Rates) else Rates.from_profile(machine)
         return self.runtime.simulate(rates, plan)
 
+    def time_next_step(self) -> None:
+        """Measure the next step for :meth:`timeline`. That step waits for every transfer before it returns."""
+        self.runtime.time_next_step = True
+
     def timeline(self) -> list[Span]:
-        """What ran when in the last measured step; empty if none was."""
+        """What ran when in the last measured step, in seconds since it began; empty if none was measured."""
         return list(self.runtime.spans)
 
     def synchronize(self) -> None:

@@ -70,8 +70,9 @@ class Runtime:
         self.bill = MemoryBill()
         self.rates: Rates | None = None
         self.spans: list[Span] = []
+        self.time_next_step = False
         self._plan = Plan(())
-        self._steps_until_measured = WARM_UP_STEPS if options.policy == "auto" else -1
+        self._warm_up_left: int | None = WARM_UP_STEPS if options.policy == "auto" else None  # None: nothing to measure
         self._broken: BaseException | None = None
         # Pinned memory and slots may go back only when no copy uses them; at exit the device's own teardown waits.
         weakref.finalize(self, _wait_for_copies, self.lanes).atexit = False
@@ -134,7 +135,7 @@ class Runtime:
         """
         self._check_plan(plan, self.subgroups, self.homes)
         self._plan = plan
-        self._steps_until_measured = -1
+        self._warm_up_left = None
 
     def _check_plan(self, plan: Plan, subgroups: Sequence[Subgroup], homes: Homes) -> None:
         plan.validate(
@@ -163,23 +164,26 @@ class Runtime:
 
     # ---- steps
 
-    def step(self, updates: Mapping[int, Sequence[SliceUpdate]], *, timed: bool = False) -> None:
+    def step(self, updates: Mapping[int, Sequence[SliceUpdate]]) -> None:
         """Run one step over the parameters in ``updates`` (by subgroup; a subgroup that is missing is left alone).
 
         Returns when every CPU update is done and all else is enqueued: the next forward on the current stream sees
-        the new parameters; states may still be on their way to the host. A ``timed`` step waits for everything and
-        leaves what ran when in ``spans``.
+        the new parameters; states may still be on their way to the host. A step after ``time_next_step`` was set waits
+        for everything and leaves what ran when in ``spans``.
 
         Raises:
             RuntimeError: if an earlier step failed half way.
             Exception: whatever failed in a lane, with its traceback.
         """
         self.check_usable()
-        replan = self._steps_until_measured == 0
-        self._steps_until_measured -= self._steps_until_measured >= 0
+        replan = self._warm_up_left == 0
+        if self._warm_up_left is not None:
+            self._warm_up_left = None if replan else self._warm_up_left - 1
         idle = frozenset(range(len(self.subgroups))) - updates.keys()
         try:
-            timer = StepTimer(self.lanes, self.device) if (timed or replan) and self.accelerator is not None else None
+            timed = (replan or self.time_next_step) and self.accelerator is not None
+            timer = StepTimer(self.lanes, self.device) if timed else None
+            self.time_next_step = False
             for index, subgroup_updates in updates.items():
                 self.actions[index].begin_step(subgroup_updates)
             run_update(self._plan.without(idle), self.subgroups, self.pool.slots, self.pool.stagings, self.lanes)
