@@ -1,8 +1,9 @@
 """CPU-GPU offloading for PyTorch: optimizer state in host memory, updated on both sides, with the same bits."""
 
+from offload.gradients import NonFiniteGradientError
 from offload.hardware import HardwareProfile
 from offload.monitor import MemoryMonitor
-from offload.optimizer import Adam, AdamW, NonFiniteGradientError
+from offload.optimizer import Adam, AdamW
 from offload.perf_model import Prediction, Rates
 from offload.plan import Op, OpKind, Placement, Plan, PlanError, lower
 from offload.policy import Static, Stride

@@ -124,7 +124,7 @@ class AdamSubgroup:
 
     def _typed(self, staging: Tensor | None) -> Tensor:
         assert staging is not None
-        return staging.view(self.dtype)[: self.state.shape[1]]
+        return staging[: self.state.shape[1] * self.dtype.itemsize].view(self.dtype)
 
 
 def _flat(param: Tensor) -> Tensor:
@@ -135,9 +135,11 @@ def _flat(param: Tensor) -> Tensor:
 def read_master(actions: AdamSubgroup, item: ParamSlice) -> None:
     """Take a parameter's value from the device into its float32 master.
 
-    Where the parameter still equals the rounded master, the master keeps the bits that the rounding dropped: so a
+    Where the parameter still is the rounded master, bit for bit, the master keeps what the rounding dropped: so a
     user's edit of a parameter wins, and a checkpoint's master survives loading the model after the optimizer.
     """
     master = item.within(actions.state[0])
     param = _flat(item.param).to(master.device)
-    torch.where(master.to(param.dtype) == param, master, param.float(), out=master)
+    bits = torch.int32 if param.itemsize == 4 else torch.int16
+    unchanged = master.to(param.dtype).view(bits) == param.view(bits)
+    torch.where(unchanged, master, param.float(), out=master)

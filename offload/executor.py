@@ -4,8 +4,8 @@
 Between backward and the next forward, each wait below orders one pair of conflicting accesses:
 
 - a gradient goes down once backward has produced it (``backward``) and its staging buffer's previous user was uploaded;
-- the CPU updates a state once its gradient is on the host, and once the state was flushed if an earlier step updated
-  it on the device;
+- the CPU updates a state once its gradient is on the host. A state that an earlier step updated on the device was
+  flushed by then: the gradient came down the same lane, behind it;
 - new parameters go up once the CPU wrote them. Backward has read the old ones by then: it came before the gradient;
 - a slot is refilled once drained, with a state that was flushed;
 - the device updates a slot once filled, and the slot is flushed once updated;
@@ -44,7 +44,7 @@ def run_update(
                 subgroup.grad_on_host = lanes.d2h.submit(work, after=(backward, staging.uploaded))
             case OpKind.UPDATE_CPU:
                 work = subgroup.update_cpu(staging)
-                subgroup.updated_on_host = lanes.host.submit(work, after=(subgroup.grad_on_host, subgroup.flushed))
+                subgroup.updated_on_host = lanes.host.submit(work, after=(subgroup.grad_on_host,))
             case OpKind.UPLOAD:
                 work = subgroup.upload(staging)
                 staging.uploaded = lanes.h2d.submit(work, after=(subgroup.updated_on_host,))

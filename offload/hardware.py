@@ -51,14 +51,23 @@ class HardwareProfile:
     h2d_bytes_per_s: float  # pinned host memory to the device, this direction alone
     d2h_bytes_per_s: float  # device to pinned host memory, this direction alone
     both_bytes_per_s: float  # each way while both directions are busy, host memory permitting
+    host_bytes_per_h2d_byte: float  # host memory traffic that a byte copied to the device takes from everything else
+    host_bytes_per_d2h_byte: float  # the same for a byte copied from the device
     copy_latency_s: float  # added to every copy
     launch_latency_s: float  # added to every kernel
     host_dram_bytes_per_s: float  # reads and writes together, this rank's share
     host_update_params_per_s: float  # by this rank's cores, from its share of host memory, without copies beside
+    host_update_split16_params_per_s: float  # the same with 16-bit master remainders, bf16 moments, 8-bit moments
+    host_update_bf16_params_per_s: float
+    host_update_int8_params_per_s: float
+    blocking_upcast_params_per_s: float  # 16-bit on the device to fp32 on the host, blocking: converted by the CPU
+    blocking_downcast_params_per_s: float  # fp32 on the host to 16-bit on the device, blocking: converted by the CPU
     device_update_params_per_s: float  # state and gradients in device memory
     device_memory_bytes: int
     device_memory_bytes_per_s: float
     device_flops: float  # sustained by a transformer's forward and backward in bf16, per second
+    forward_layer_latency_s: float  # added to each layer's forward: launches, hooks, gathering that nothing hides
+    backward_layer_latency_s: float  # added to each layer's backward
     num_ranks_per_node: int
     figures: Mapping[str, Figure] = field(repr=False, hash=False)
 
@@ -94,6 +103,22 @@ class HardwareProfile:
     def duplex_factor(self) -> float:
         """Share of the slower direction's rate that each direction keeps while both are busy: 1 is full duplex."""
         return self.both_bytes_per_s / min(self.h2d_bytes_per_s, self.d2h_bytes_per_s)
+
+    def host_update_rate(self, state_format: str) -> float:
+        """Parameters/s of the CPU update with optimizer state in ``state_format``; ValueError if it is unknown."""
+        if state_format not in _RATE_OF_FORMAT:
+            raise ValueError(f"state_format={state_format!r} is unknown; known are {', '.join(_RATE_OF_FORMAT)}")
+        rate: float = getattr(self, _RATE_OF_FORMAT[state_format])
+        return rate
+
+    def share_of(self, num_ranks: int) -> float:
+        """What a rank has of cores and host memory with ``num_ranks`` at work, over what it has with all of them."""
+        if not 1 <= num_ranks <= self.num_ranks_per_node:
+            raise ValueError(
+                f"num_ranks={num_ranks} is not between 1 and the {self.num_ranks_per_node} that share a node of profile "
+                f"{self.name!r}; more ranks take more nodes, each with its own"
+            )
+        return self.num_ranks_per_node / num_ranks
 
     @classmethod
     def names(cls) -> list[str]:
@@ -148,7 +173,13 @@ class HardwareProfile:
 
 _NUMBERS = tuple(item.name for item in fields(HardwareProfile) if item.type in ("float", "int"))
 _WHOLE_NUMBERS = ("device_memory_bytes", "num_ranks_per_node")
-_LATENCIES = ("copy_latency_s", "launch_latency_s")
+_LATENCIES = tuple(key for key in _NUMBERS if key.endswith("latency_s"))
+_RATE_OF_FORMAT = {
+    "fp32": "host_update_params_per_s",
+    "split16": "host_update_split16_params_per_s",
+    "bf16": "host_update_bf16_params_per_s",
+    "int8": "host_update_int8_params_per_s",
+}
 
 
 def _from_json(content: Any) -> HardwareProfile:

@@ -107,14 +107,14 @@ def _fill_budgets(homes: Homes, subgroups: Sequence[Subgroup], on_host: Sequence
         if budgets.pinned_bytes is not None and pinned_bytes > budgets.pinned_bytes:
             break
         visitors.add(subgroup.index)
-    filled = replace(homes, visitors=frozenset(visitors))
-    num_slots = filled.num_slots if visitors else 0
-    if visitors and budgets.device_bytes is not None:
-        left = budgets.device_bytes - filled.bill(subgroups).resident_bytes
-        num_slots = min(num_slots, left // filled.slot_bytes(subgroups))
-    if num_slots < 1:  # nothing can visit, so nothing more need be pinned
-        return replace(homes, num_slots=0)
-    return replace(filled, num_slots=num_slots)
+    for chosen in (replace(homes, visitors=frozenset(visitors)), homes):
+        num_slots = chosen.num_slots if chosen.visitors else 0
+        if num_slots and budgets.device_bytes is not None:
+            left = budgets.device_bytes - chosen.bill(subgroups).resident_bytes
+            num_slots = min(num_slots, left // chosen.slot_bytes(subgroups))
+        if num_slots:
+            return replace(chosen, num_slots=num_slots)
+    return replace(homes, num_slots=0)  # nothing can visit, so nothing more need be pinned
 
 
 def first_plan(policy: Policy, num_subgroups: int, homes: Homes) -> Plan:

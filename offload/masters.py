@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from offload.adam import AdamSubgroup, ParamSlice, read_master
 
@@ -15,23 +16,46 @@ STATE_ROWS = ("master", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 class ParamHome:
     """Where one parameter's state lives, and what the parameter looked like when its master last equalled it."""
 
-    __slots__ = ("_address", "_version", "actions", "item", "subgroup")
+    __slots__ = ("_address", "_storage", "_version", "actions", "fresh", "item", "subgroup")
 
     def __init__(self, subgroup: int, actions: AdamSubgroup, item: ParamSlice) -> None:
         self.subgroup = subgroup
         self.actions = actions
         self.item = item
+        self.fresh = True  # its moments are zero: no step was counted since they were made
         self._version = -1
         self._address = 0
+        # Weak, so that replaced memory is free to go. The address alone will not do: freed memory is given out again.
+        self._storage: StorageWeakRef | None = None
+
+    @property
+    def has_max_exp_avg_sq(self) -> bool:
+        return self.actions.state.shape[0] == len(STATE_ROWS)
 
     @property
     def changed(self) -> bool:
         param = self.item.param
-        return self._version != param._version or self._address != param.data_ptr()
+        return self._version != param._version or self._address != param.data_ptr() or not self._has_storage()
 
     def note_in_step(self) -> None:
         """Record that master and parameter are equal, or will be when what is enqueued has run."""
-        self._version, self._address = self.item.param._version, self.item.param.data_ptr()
+        param = self.item.param
+        self._version, self._address = param._version, param.data_ptr()
+        if not self._has_storage():
+            self._storage = StorageWeakRef(param.untyped_storage())  # type: ignore[no-untyped-call]
+
+    def _has_storage(self) -> bool:
+        return self._storage is not None and self._storage.cdata == self.item.param.untyped_storage()._cdata
+
+    def restart(self) -> None:
+        """Make the state what it is before a first step. Nothing may be in flight."""
+        self.item.within(self.actions.state[1:]).zero_()
+        self.take_master()
+        self.fresh = True
+
+    def take_master(self) -> None:
+        """Make the master what the parameter is, whatever it was. Nothing may be in flight."""
+        self.item.within(self.actions.state[0]).copy_(self.item.param.detach().view(-1))
 
     def views(self) -> dict[str, Tensor]:
         """State in the names of torch's schema, as views of the slab in the parameter's shape.

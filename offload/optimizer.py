@@ -4,32 +4,29 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from offload.adam import SliceUpdate
+from offload.arguments import check_switches, param_name, parse_options
 from offload.explain import explain
+from offload.gradients import NonFiniteGradientError, PendingScale, all_finite
 from offload.hardware import HardwareProfile
-from offload.kernels import AdamScalars
 from offload.layout import Packed, check_grad, check_param, pack, resolve_subgroup_numel
-from offload.masters import MasterTable, ParamHome
-from offload.optimizer_state import copy_entries, load_state
+from offload.masters import MasterTable
+from offload.optimizer_state import copy_entries, fill_entry, load_state
 from offload.perf_model import Prediction, Rates
 from offload.plan import Plan
-from offload.policy import Policy, parse_policy
-from offload.pool import Budgets, MemoryBill, parse_bytes
+from offload.policy import Policy
+from offload.pool import MemoryBill
 from offload.runtime import Options, Runtime
 from offload.timeline import Span
+from offload.updates import GroupedParam, scalars_of, updates_by_subgroup
 
 OnNonFinite = Literal["error", "skip"]
-
-
-class NonFiniteGradientError(RuntimeError):
-    """A gradient holds NaN or infinity. Parameters and optimizer state are as they were before the step."""
 
 
 class Adam(torch.optim.Optimizer):
@@ -85,17 +82,17 @@ class Adam(torch.optim.Optimizer):
         num_slots: int | None = None,
         on_nonfinite: OnNonFinite = "error",
     ) -> None:
-        _check_torch_arguments(foreach=foreach, fused=fused, capturable=capturable, differentiable=differentiable)
+        check_switches(foreach=foreach, fused=fused, capturable=capturable, differentiable=differentiable)
         if on_nonfinite not in ("error", "skip"):
             raise ValueError(f"on_nonfinite={on_nonfinite!r} is neither 'error' nor 'skip'")
-        if num_slots is not None and num_slots < 1:
-            raise ValueError(f"num_slots={num_slots} is too few; give 1 or more (2 keeps both link directions busy)")
-        budgets = Budgets(
-            device_bytes=parse_bytes(device_budget, "device_budget"),
-            host_bytes=parse_bytes(host_budget, "host_budget"),
-            pinned_bytes=parse_bytes(pinned_budget, "pinned_budget"),
+        self._options = parse_options(
+            plan=plan,
+            device_budget=device_budget,
+            host_budget=host_budget,
+            pinned_budget=pinned_budget,
+            subgroup_numel=subgroup_numel,
+            num_slots=num_slots,
         )
-        self._options = Options(parse_policy(plan), budgets, subgroup_numel, num_slots)
         self.on_nonfinite = on_nonfinite
         self.num_skipped_steps = 0
         defaults = {
@@ -112,17 +109,15 @@ class Adam(torch.optim.Optimizer):
     def _forget_runtime(self) -> None:
         self._runtime: Runtime | None = None
         self._masters = MasterTable()
-        self._grad_scale: Tensor | None = None
+        self._grad_scale = PendingScale()
 
     def _build(self) -> None:
         params = [p for group in self.param_groups for p in group["params"]]
-        device, options = params[0].device, self._options
+        device, options = next((p for p in params if p.requires_grad), params[0]).device, self._options
         if device.type == "cpu" and options.policy == "auto":
             options = Options("host", options.budgets, options.subgroup_numel, options.num_slots)
         total_numel = sum(p.numel() for p in params if p.requires_grad)
         self._subgroup_numel = resolve_subgroup_numel(options.subgroup_numel, total_numel)
-        for name, param in self._named_params():
-            check_param(param, name, device)
         self._runtime = Runtime(device, options)
         self._add_to_runtime(range(len(self.param_groups)))
 
@@ -131,21 +126,22 @@ class Adam(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            _check_group(group)
+            scalars_of(group, step=1, decoupled=self._decoupled)  # refuses hyper-parameters out of range
             if self._runtime is not None:
-                for name, param in self._named_params(len(self.param_groups) - 1):
-                    check_param(param, name, self._runtime.device)
                 self._add_to_runtime([len(self.param_groups) - 1])
         except BaseException:
             self.param_groups.pop()
             raise
 
     def _add_to_runtime(self, group_indices: Iterable[int]) -> None:
-        """Allocate state for the trainable parameters of these groups that have none yet."""
+        """Allocate state for the trainable parameters of these groups that have none yet, after checking them all."""
         packed: dict[int, list[Packed]] = {}
         for index in group_indices:
-            group = self.param_groups[index]
-            params = dict.fromkeys(p for p in group["params"] if p.requires_grad and p not in self._masters)
+            group, params = self.param_groups[index], []
+            for i, param in enumerate(group["params"]):
+                if (param.requires_grad or param.grad is not None) and param not in self._masters:
+                    check_param(param, param_name(group, index, i), self.runtime.device)
+                    params.append(param)
             num_state_rows = 4 if group["amsgrad"] else 3
             packed.setdefault(num_state_rows, []).extend(pack(index, params, self._subgroup_numel))
         for num_state_rows, subgroups in packed.items():
@@ -181,59 +177,40 @@ class Adam(torch.optim.Optimizer):
         if not params:
             warnings.warn("step() found no gradients, so it changed nothing: was backward() called?", stacklevel=3)
             return loss
-        grad_scale = 1.0 if self._grad_scale is None else float(self._grad_scale)
-        self._grad_scale = None
-        if not _all_finite([param.grad for _, param in params if param.grad is not None]):
+        grad_scale = self._grad_scale.take()
+        if not all_finite([param.grad for _, param in params if param.grad is not None]):
             self._refuse_nonfinite(params)
             return loss
         self._refresh_masters()
         self._run(params, grad_scale)
         return loss
 
-    def _run(self, params: Sequence[tuple[dict[str, Any], Tensor]], grad_scale: float) -> None:
-        updates: dict[int, list[SliceUpdate]] = {}
-        scalars_of: dict[tuple[int, int], AdamScalars] = {}
-        for group, param in params:
-            home = self._masters[param]
-            step = self._count_step(param, home)
-            key = (id(group), step)
-            if key not in scalars_of:
-                scalars_of[key] = self._scalars(group, step, grad_scale)
-            assert param.grad is not None
-            update = SliceUpdate(home.item, param.grad.detach().reshape(-1), scalars_of[key])
-            updates.setdefault(home.subgroup, []).append(update)
-        for subgroup_updates in updates.values():
-            subgroup_updates.sort(key=lambda update: update.slice.offset)
+    def _run(self, params: Sequence[GroupedParam], grad_scale: float) -> None:
+        updates = updates_by_subgroup(
+            params, self._masters, self.state, decoupled=self._decoupled, grad_scale=grad_scale
+        )
+        for _, param in params:
+            self._count_step(param)
         self.runtime.step(updates)
         self._masters.note_in_step(param for _, param in params)
 
-    def _scalars(self, group: dict[str, Any], step: int, grad_scale: float) -> AdamScalars:
-        beta1, beta2 = group["betas"]
-        return AdamScalars.at_step(
-            lr=float(group["lr"]),
-            betas=(float(beta1), float(beta2)),
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            step=step,
-            decoupled=self._decoupled,
-            maximize=group["maximize"],
-            grad_scale=grad_scale,
-        )
-
-    def _count_step(self, param: Tensor, home: ParamHome) -> int:
+    def _count_step(self, param: Tensor) -> None:
         """Count one more step of ``param`` in its entry of ``self.state``, which is made at its first step."""
-        state = self.state[param]
-        if not state:
-            state.update(step=torch.tensor(0.0), **home.views())
-        state["step"] += 1
-        return int(state["step"])
+        entry, home = self.state[param], self._masters[param]
+        if not entry:
+            if not home.fresh:  # a user cleared the state: start again from zero, as torch does
+                self.synchronize()
+                home.restart()
+            entry.update(step=torch.tensor(0.0), **home.views())
+            home.fresh = False
+        entry["step"] += 1
 
-    def _params_with_grad(self) -> list[tuple[dict[str, Any], Tensor]]:
+    def _params_with_grad(self) -> list[GroupedParam]:
         found = []
         for index, group in enumerate(self.param_groups):
             for i, param in enumerate(group["params"]):
                 if param.grad is not None and param.numel():
-                    check_grad(param.grad, param, _name(group, index, i))
+                    check_grad(param.grad, param, param_name(group, index, i))
                     found.append((group, param))
         if any(param not in self._masters for _, param in found):  # frozen when this was constructed, trained now
             self._add_to_runtime(range(len(self.param_groups)))
@@ -251,13 +228,19 @@ class Adam(torch.optim.Optimizer):
         self._masters.refresh(self.synchronize, self._check_param, all_=all_)
 
     def _check_param(self, param: Tensor) -> None:
-        check_param(param, self._name_of(param), self.runtime.device)
+        name, home = self._name_of(param), self._masters[param]
+        check_param(param, name, self.runtime.device)
+        if (param.dtype, param.numel()) != (home.actions.dtype, home.item.numel):
+            raise ValueError(
+                f"parameter {name} had {home.item.numel} elements of {home.actions.dtype} and now has {param.numel()} "
+                f"of {param.dtype}; construct the optimizer after such a change of the model"
+            )
 
-    def _refuse_nonfinite(self, params: Sequence[tuple[dict[str, Any], Tensor]]) -> None:
+    def _refuse_nonfinite(self, params: Sequence[GroupedParam]) -> None:
         if self.on_nonfinite == "skip":
             self.num_skipped_steps += 1
             return
-        bad = [self._name_of(p) for _, p in params if p.grad is not None and not _all_finite([p.grad])]
+        bad = [self._name_of(p) for _, p in params if p.grad is not None and not all_finite([p.grad])]
         raise NonFiniteGradientError(
             f"{len(bad)} of {len(params)} gradients hold NaN or infinity, first: {', '.join(bad[:3])}; nothing was "
             f"changed. Lower the learning rate or the loss scale, or construct with on_nonfinite='skip'"
@@ -275,16 +258,11 @@ class Adam(torch.optim.Optimizer):
         float32 inside the update instead of in a pass of its own, so ``param.grad`` keeps its values.
         """
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads, norm_type, error_if_nonfinite, foreach)
-        if self._grad_scale is not None:
-            norm = norm * self._grad_scale.to(norm.device)
-        scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-        self._grad_scale = scale if self._grad_scale is None else scale * self._grad_scale
-        return norm
+        return self._grad_scale.clip(grads, max_norm, norm_type, error_if_nonfinite, foreach)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; also forgets a clip coefficient that no step has used."""
-        self._grad_scale = None
+        self._grad_scale.forget()
         super().zero_grad(set_to_none)
 
     # ---- state
@@ -305,6 +283,7 @@ class Adam(torch.optim.Optimizer):
             ValueError: if the state is another model's; nothing is loaded then.
         """
         self.synchronize()
+        state_dict = state_dict.copy()  # as torch does: hooks may set keys without changing the caller's
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
@@ -334,10 +313,7 @@ class Adam(torch.optim.Optimizer):
         self._build()
         with torch.no_grad():
             for param, saved in entries.items():
-                views = self._masters[param].views()
-                for name, view in views.items():
-                    view.copy_(saved[name])
-                self.state[param] = {"step": saved["step"], **views}
+                self.state[param] = fill_entry(self._masters[param], saved)
 
     # ---- insight
 
@@ -380,14 +356,13 @@ class Adam(torch.optim.Optimizer):
         """Wait for everything in flight. Reading states or editing parameters behind autograd's back needs it."""
         self.runtime.synchronize()
 
-    def _named_params(self, group_index: int | None = None) -> Iterator[tuple[str, Tensor]]:
-        for index, group in enumerate(self.param_groups):
-            if group_index in (None, index):
-                for i, param in enumerate(group["params"]):
-                    yield _name(group, index, i), param
-
     def _name_of(self, param: Tensor) -> str:
-        return next(name for name, other in self._named_params() if other is param)
+        return next(
+            param_name(group, index, i)
+            for index, group in enumerate(self.param_groups)
+            for i, other in enumerate(group["params"])
+            if other is param
+        )
 
 
 class AdamW(Adam):
@@ -406,31 +381,3 @@ class AdamW(Adam):
         **kwargs: Any,
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **kwargs)
-
-
-def _check_torch_arguments(**arguments: bool | None) -> None:
-    """Accept torch's implementation switches at the values that are true of this optimizer."""
-    accepted = {"foreach": (None, False), "fused": (None, True), "capturable": (False,), "differentiable": (False,)}
-    for name, value in arguments.items():
-        if value not in accepted[name]:
-            raise ValueError(f"{name}={value} is not available: the update is one fused pass outside autograd and "
-                             f"CUDA graphs; leave {name} at {accepted[name][0]}")  # fmt: skip
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    """Raise ValueError for hyper-parameters that torch refuses too."""
-    for name in ("lr", "eps", "weight_decay"):
-        if not float(group[name]) >= 0:
-            raise ValueError(f"{name}={group[name]} is out of range; give 0 or more")
-    for i, beta in enumerate(group["betas"]):
-        if not 0 <= float(beta) < 1:
-            raise ValueError(f"betas[{i}]={beta} is out of range; give at least 0 and less than 1")
-
-
-def _all_finite(grads: Sequence[Tensor]) -> bool:
-    """Whether no gradient holds NaN or infinity: one pass on the device, one wait of the host."""
-    return bool(torch.isfinite(torch.nn.utils.get_total_norm(grads, float("inf"))))
-
-
-def _name(group: dict[str, Any], group_index: int, index: int) -> str:
-    return str(group["param_names"][index]) if "param_names" in group else f"{index} of group {group_index}"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offload.masters import MasterTable
+from offload.masters import MasterTable, ParamHome
 
 # Group entries that say how torch's optimizer computes, not what: they stay as constructed.
 _NOT_LOADED = ("params", "foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay", "param_names")
@@ -49,6 +49,19 @@ def check_entry(index: int, param: Tensor, saved: Mapping[str, Any], names: Sequ
             )
 
 
+def fill_entry(home: ParamHome, saved: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Copy a checked entry into a parameter's home. Returns the entry that ``optimizer.state`` is to hold."""
+    views = home.views()
+    for name, view in views.items():
+        if name in saved:  # may be this very view: a state_dict shares memory with its optimizer
+            view.copy_(saved[name])
+        else:
+            assert name == "master"
+            home.take_master()
+    home.fresh = False
+    return {"step": torch.tensor(float(saved["step"])), **views}
+
+
 def load_state(
     groups: Sequence[dict[str, Any]],
     state: dict[Tensor, dict[str, Tensor]],
@@ -58,8 +71,10 @@ def load_state(
     """Fill ``state`` and the slabs behind ``masters`` from ``state_dict``; nothing is changed if it does not fit.
 
     A float32 parameter is its own master, so a saved ``master`` is not needed for it; for any other dtype a missing
-    ``master`` (state saved by torch) is taken from the parameter.
+    ``master`` (state saved by torch, or before the first step) is taken from the parameter.
     """
+    if missing := sorted({"param_groups", "state"} - state_dict.keys()):
+        raise ValueError(f"the state to load lacks {missing}: it is no optimizer's state_dict")
     params = match_params(groups, state_dict["param_groups"])
     saved_state: Mapping[int, Mapping[str, Any]] = state_dict["state"]
     for index, saved in saved_state.items():
@@ -75,18 +90,10 @@ def load_state(
 
     for index, param in params.items():
         state.pop(param, None)
-        if param not in masters:
-            continue
-        views = masters[param].views()
-        if index not in saved_state:  # never stepped when it was saved
-            for name, view in views.items():
-                if name != "master":
-                    view.zero_()
-            continue
-        for name, view in views.items():
-            if name in saved_state[index]:
-                view.copy_(saved_state[index][name])
-        state[param] = {"step": torch.tensor(float(saved_state[index]["step"])), **views}
+        if index in saved_state:
+            state[param] = fill_entry(masters[param], saved_state[index])
+        elif param in masters:  # had made no step when the state was saved
+            masters[param].restart()
     for group, saved_group in zip(groups, state_dict["param_groups"], strict=True):
         group.update({key: value for key, value in saved_group.items() if key not in _NOT_LOADED})
 

@@ -39,7 +39,6 @@ class PhaseHooks:
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles.clear()
         self._enter = None  # hooks on tensors of a forward pass whose backward is yet to come
 
     def _forward_begins(self, module: nn.Module, args: tuple[Any, ...]) -> None:

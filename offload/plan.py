@@ -127,18 +127,20 @@ class Plan:
         passed: dict[int, list[Op]] = {}  # operations of each subgroup so far
 
         for position, op in enumerate(self.ops):
-            placement = PLACEMENT_OF[op.kind]
-            chain, done = CHAINS[placement], passed.setdefault(op.subgroup, [])
+            placement, done = PLACEMENT_OF[op.kind], passed.setdefault(op.subgroup, [])
             if not 0 <= op.subgroup < num_subgroups:
                 self._fail(position, f"there is no subgroup {op.subgroup}; the layout has {num_subgroups}")
             if (op.subgroup in resident) != (placement is Placement.RESIDENT):
                 where = "on the device" if op.subgroup in resident else "in host memory"
                 self._fail(position, f"the state of subgroup {op.subgroup} lives {where}")
-            if done and len(done) == len(CHAINS[PLACEMENT_OF[done[0].kind]]):
+            chain = CHAINS[PLACEMENT_OF[done[0].kind] if done else placement]  # of the operation it began with
+            if len(done) == len(chain):
                 self._fail(position, f"subgroup {op.subgroup} was already updated by {done[0]}")
-            if [o.kind for o in done] != list(chain[: chain.index(op.kind)]):
-                due = chain[len(done)] if all(o.kind in chain for o in done) else CHAINS[PLACEMENT_OF[done[0].kind]][1]
+            if op.kind is not (due := chain[len(done)]):
                 self._fail(position, f"the next operation of subgroup {op.subgroup} must be {due.value} ({due.name})")
+            if (op.buffer is None) != (placement is Placement.RESIDENT):
+                needs = "no buffer" if placement is Placement.RESIDENT else f"a {limits[placement][0]}"
+                self._fail(position, f"{op.kind.value} ({op.kind.name}) needs {needs}")
             if op.buffer is not None:
                 self._check_buffer(position, op, placement, held, *limits[placement])
             done.append(op)
@@ -162,8 +164,9 @@ class Plan:
     ) -> None:
         assert op.buffer is not None
         chain, key = CHAINS[placement], (placement, op.buffer)
-        if limit is not None and op.buffer >= limit:
-            self._fail(position, f"there is no {name} {op.buffer}; there are {limit}")
+        if op.buffer < 0 or (limit is not None and op.buffer >= limit):
+            have = "they count from 0" if limit is None else f"there are {limit}"
+            self._fail(position, f"there is no {name} {op.buffer}; {have}")
         if op.kind is chain[0]:
             if key in held:
                 self._fail(position, f"{name} {op.buffer} still holds subgroup {held[key]}")

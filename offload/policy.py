@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from offload.plan import Placement, Plan
+from offload.plan import Placement, Plan, PlanError
 from offload.subgroup import Subgroup
 
 
@@ -51,7 +51,10 @@ def parse_policy(policy: object) -> Policy:
     if policy == "auto" or policy == "host" or policy == "device":
         return policy
     if isinstance(policy, str):
-        return Plan.parse(policy)
+        try:
+            return Plan.parse(policy)
+        except PlanError as error:
+            raise PlanError(f"plan={policy!r} is none of {POLICY_NAMES} and no plan: {error}") from None
     raise TypeError(
         f"plan must be one of {POLICY_NAMES}, Static(resident_fraction), Stride(update_stride), a Plan or its text, "
         f"not {policy!r}"

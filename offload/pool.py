@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from offload.accelerators import Accelerator
+from offload.accounting import note_pinned
 from offload.subgroup import FLOAT32_BYTES, Slot, Staging
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -113,6 +115,20 @@ class MemoryBill:
         )
 
 
+class _PinnedTally:
+    """What one pool has pinned, reported to :mod:`offload.accounting` as it changes."""
+
+    def __init__(self) -> None:
+        self._num_bytes = 0
+
+    def add(self, delta_bytes: int) -> None:
+        note_pinned(delta_bytes)
+        self._num_bytes += delta_bytes
+
+    def release(self) -> None:
+        self.add(-self._num_bytes)
+
+
 class Pool:
     """Allocates on one device and its host, once; nothing is allocated while steps run.
 
@@ -126,13 +142,15 @@ class Pool:
         self.stagings: list[Staging] = []
         self._device = device
         self._accelerator = accelerator
+        self._tally = _PinnedTally()
+        weakref.finalize(self, self._tally.release)
 
     def host_state(self, num_rows: int, numel: int, *, pinned: bool) -> Tensor:
         """Zeros of shape (num_rows, numel), float32, in host memory; pinned exactly, page by page."""
         num_bytes = num_rows * numel * FLOAT32_BYTES
         if not pinned or self._accelerator is None:
             return torch.zeros(num_rows, numel, dtype=torch.float32)
-        return self._accelerator.pinned_empty(num_bytes)[:num_bytes].view(torch.float32).zero_().view(num_rows, numel)
+        return self._pinned(num_bytes)[:num_bytes].view(torch.float32).zero_().view(num_rows, numel)
 
     def device_state(self, num_rows: int, numel: int) -> Tensor:
         """Zeros of shape (num_rows, numel), float32, on the device."""
@@ -149,9 +167,18 @@ class Pool:
 
     def set_stagings(self, num_stagings: int, param_bytes: int) -> None:
         """Make the staging buffers: gradients and new parameters, ``param_bytes`` each, pinned."""
+        for old in (buffer for staging in self.stagings for buffer in (staging.grad, staging.param)):
+            if old is not None and self._accelerator is not None:
+                self._tally.add(-old.nbytes)
         self.stagings = [Staging(i, self._bytes(param_bytes), self._bytes(param_bytes)) for i in range(num_stagings)]
 
     def _bytes(self, num_bytes: int) -> Tensor:
         if self._accelerator is None:
             return torch.empty(num_bytes, dtype=torch.uint8)
-        return self._accelerator.pinned_empty(num_bytes)
+        return self._pinned(num_bytes)
+
+    def _pinned(self, num_bytes: int) -> Tensor:
+        assert self._accelerator is not None
+        pinned = self._accelerator.pinned_empty(num_bytes)
+        self._tally.add(pinned.nbytes)
+        return pinned

@@ -105,6 +105,7 @@ class Runtime:
         self._check_plan(plan, subgroups, homes)
 
         self.synchronize()
+        added_actions = []
         for subgroup, item in zip(added, packed, strict=True):
             if subgroup.index in homes.residents:
                 state = self.pool.device_state(num_state_rows, subgroup.numel)
@@ -112,12 +113,13 @@ class Runtime:
                 pinned = subgroup.index in homes.visitors
                 state = self.pool.host_state(num_state_rows, subgroup.numel, pinned=pinned)
             subgroup.actions = AdamSubgroup(item.slices, item.dtype, state, self.accelerator)
-            self.actions.append(subgroup.actions)
+            added_actions.append(subgroup.actions)
         streams = [lane.stream for lane in (self.lanes.h2d, self.lanes.d2h) if isinstance(lane, StreamLane)]
         self.pool.set_slots(homes.num_slots, homes.slot_bytes(subgroups), streams)
         self.pool.set_stagings(homes.num_staging, homes.staging_bytes(subgroups))
         self.subgroups, self.homes, self.bill, self._plan = subgroups, homes, bill, plan
-        return self.actions[num_settled:]
+        self.actions += added_actions
+        return added_actions
 
     # ---- the plan
 

@@ -116,6 +116,7 @@ class Subgroup:
             f"C{self.index}@{staging.index}",
             partial(self.actions.update_cpu, staging) if self.actions else nothing,
             numel=self.numel,
+            host_bytes=2 * (self.state_bytes + self.param_bytes),  # state in and out, gradient in, parameters out
             reads=(staging.grad_name,),
             writes=(self.state_name, staging.param_name),
         )

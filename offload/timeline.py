@@ -70,9 +70,13 @@ def exposed_s(spans: Iterable[Span], lane: str | None = None) -> float:
     """
     spans = list(spans)
     model = _union(span for span in spans if span.name in MODEL_WORK)
-    added = _union(span for span in spans if span.name not in MODEL_WORK and lane in (None, span.lane))
-    hidden_s = sum(max(0.0, min(a1, m1) - max(a0, m0)) for a0, a1 in added for m0, m1 in model)
-    return _length_s(added) - hidden_s
+    work = _union(span for span in spans if lane in (None, span.lane))  # the model's own is hidden by itself
+    hidden_s = sum(
+        max(0.0, min(end, model_end) - max(start, model_start))
+        for start, end in work
+        for model_start, model_end in model
+    )
+    return _length_s(work) - hidden_s
 
 
 def describe(spans: Iterable[Span]) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
 
+from offload.accelerators import accelerator_for
 from offload.lanes import Lanes
 from offload.lanes.accelerator import HostLane, StreamLane
 from offload.perf_model import Rates
@@ -31,7 +31,7 @@ class StepTimer:
         self._origin = torch.Event(device, enable_timing=True)
         self._origin.record(torch.accelerator.current_stream(device))
         self._origin.synchronize()
-        self._origin_s = time.perf_counter()
+        self._origin_s = accelerator_for(device).host_time_s()
         for lane in self._lanes:
             lane.recorder = self._record
 

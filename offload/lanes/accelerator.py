@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
+from offload.accelerators import Accelerator, accelerator_for
 from offload.lanes.base import Event, Lanes, Work
 
 # Called once for each piece of work of a timed lane: lane's name, work's name, and two readings of its clock.
@@ -17,13 +18,14 @@ Recorder = Callable[[str, str, "torch.Event | float", "torch.Event | float"], No
 class HostEvent:
     """Completion of work on the host lane. Waiting for it raises the work's exception, with its traceback."""
 
-    __slots__ = ("_future",)
+    __slots__ = ("_accelerator", "_future")
 
-    def __init__(self, future: Future[None]) -> None:
+    def __init__(self, future: Future[object], accelerator: Accelerator) -> None:
         self._future = future
+        self._accelerator = accelerator
 
     def synchronize(self) -> None:
-        self._future.result()
+        self._accelerator.host_join(self._future.result())
 
 
 class StreamLane:
@@ -82,13 +84,17 @@ class HostLane:
 
     name = "host"
 
-    def __init__(self) -> None:
+    def __init__(self, accelerator: Accelerator) -> None:
         self.recorder: Recorder | None = None
+        self._accelerator = accelerator
         self._error: BaseException | None = None
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="offload-host")
+        self._worker = ThreadPoolExecutor(
+            max_workers=1, thread_name_prefix="offload-host", initializer=accelerator.own_host_clock
+        )
 
     def submit(self, work: Work, after: Iterable[Event | None] = ()) -> Event:
-        return HostEvent(self._worker.submit(self._run, work, tuple(after)))
+        mark = self._accelerator.host_mark()
+        return HostEvent(self._worker.submit(self._run, work, tuple(after), mark), self._accelerator)
 
     def wait(self, event: Event) -> None:
         self.submit(Work("wait"), after=(event,))
@@ -96,17 +102,22 @@ class HostLane:
     def mark(self) -> Event:
         return self.submit(Work("mark"))
 
-    def _run(self, work: Work, after: tuple[Event | None, ...]) -> None:
+    def _run(self, work: Work, after: tuple[Event | None, ...], submitted: object) -> object:
+        """Run ``work`` after ``after`` and after what the submitting thread did; returns the mark of its end."""
         if self._error is not None:
             raise self._error
+        accelerator = self._accelerator
         try:
+            accelerator.host_join(submitted)
             for event in after:
                 if event is not None:
                     event.synchronize()
-            begin = time.perf_counter()
+            begin_s, start_s = accelerator.host_time_s(), time.perf_counter()
             work.run()
+            accelerator.charge_host_time(time.perf_counter() - start_s, work.name)
             if self.recorder:
-                self.recorder(self.name, work.name, begin, time.perf_counter())
+                self.recorder(self.name, work.name, begin_s, accelerator.host_time_s())
+            return accelerator.host_mark()
         except BaseException as error:
             self._error = error
             raise
@@ -118,5 +129,5 @@ def accelerator_lanes(device: torch.device) -> Lanes:
         compute=StreamLane("compute", device, None),
         h2d=StreamLane("h2d", device, torch.Stream(device)),
         d2h=StreamLane("d2h", device, torch.Stream(device)),
-        host=HostLane(),
+        host=HostLane(accelerator_for(device)),
     )

@@ -16,14 +16,15 @@ class Work:
     """One piece of work for a lane.
 
     ``run`` does it (on a stream lane: enqueues it). The rest describes it to lanes that do not run anything:
-    ``num_bytes`` cross the link, ``numel`` parameters are updated, and ``reads`` / ``writes`` name the buffers touched,
-    by names that are equal for the same buffer.
+    ``num_bytes`` cross the link, ``numel`` parameters are updated, ``host_bytes`` of host memory are read and written by
+    the CPU, and ``reads`` / ``writes`` name the buffers touched, by names that are equal for the same buffer.
     """
 
     name: str
     run: Callable[[], None] = nothing
     num_bytes: int = 0
     numel: int = 0
+    host_bytes: int = 0
     reads: tuple[Hashable, ...] = ()
     writes: tuple[Hashable, ...] = ()
 

@@ -1,63 +1,216 @@
-"""Virtual lanes: work advances a clock by what it costs. Running a plan on them is the performance model."""
+"""Virtual lanes: work takes the time it would cost on some machine. Running a plan on them is the performance model.
+
+Submitting only notes the work; :meth:`VirtualMachine.run` then finds when each piece starts and ends. Three things slow
+work down that would be faster alone:
+
+- a link whose two directions, both busy, are slower than each alone;
+- one stream for both directions (``serial_link``), in which they take turns;
+- host memory: what is running asks for so many bytes/s of it, and if that is more than there is, all of it slows by the
+  same factor. Lanes of several ranks on one machine share its memory.
+
+[Note: the submitting thread]
+A stream cannot wait for a CPU worker, so the thread that submits does, as it does for any event it synchronizes with;
+whatever it submits afterwards, on whatever lane, starts no earlier. Each rank has one such thread.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from offload.lanes.base import Event, Lanes, Work
 
-Cost = Callable[[Work], float]
+LANE_NAMES = ("compute", "h2d", "d2h", "host")
+MARK = "mark"  # the name of work that only marks a point
 
 
 @dataclass(frozen=True, slots=True)
-class VirtualEvent:
-    """A time on the virtual clock. ``on_host``: only the submitting thread can wait for it, as for a real worker."""
+class Cost:
+    """What work of one lane costs while nothing else runs.
 
-    time_s: float
-    on_host: bool = False
+    Attributes:
+        seconds: time it takes.
+        host_bytes: host memory that it reads and writes meanwhile, evenly.
+    """
+
+    seconds: Callable[[Work], float]
+    host_bytes: Callable[[Work], float] = lambda work: 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class TimedWork(Work):
+    """Work whose time alone is known beforehand (a layer's forward), whatever the lane's costs."""
+
+    seconds: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class VirtualEvent:
+    """One piece of work, and the event of its end. ``start_s`` and ``end_s`` are NaN until the machine has run."""
+
+    lane: VirtualLane
+    name: str
+    seconds: float
+    host_bytes_per_s: float
+    after: list[VirtualEvent]
+    start_s: float = math.nan
+    end_s: float = math.nan
+    done: bool = False
+    speed: float = 1.0  # while it runs: 1 is alone
 
     def synchronize(self) -> None:
-        return
+        self.lane.thread.wait(self)
 
 
-@dataclass(slots=True)
-class VirtualClock:
-    """Time of the thread that submits, and what ran when: (lane, work, start, end) in seconds."""
+class VirtualThread:
+    """The thread that submits; see [Note: the submitting thread]."""
 
-    now_s: float = 0.0
-    spans: list[tuple[str, str, float, float]] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.waited_for: list[VirtualEvent] = []
+
+    def wait(self, event: VirtualEvent) -> None:
+        self.waited_for.append(event)
+
+
+@dataclass(slots=True, eq=False)
+class _Stream:
+    """Work in order, one piece at a time, and the stream it shares a link with."""
+
+    events: list[VirtualEvent] = field(default_factory=list)
+    num_started: int = 0
+    running: VirtualEvent | None = None
+    opposite: _Stream | None = None
+    duplex_speed: float = 1.0  # while the opposite stream runs too
 
 
 class VirtualLane:
-    def __init__(self, name: str, clock: VirtualClock, cost: Cost) -> None:
+    def __init__(self, name: str, cost: Cost, stream: _Stream, thread: VirtualThread) -> None:
         self.name = name
-        self.free_s = 0.0
-        self._clock = clock
+        self.thread = thread
         self._cost = cost
+        self._stream = stream
+        self._waits: list[VirtualEvent] = []
+        self._num_seen = 0  # of what the thread waited for
 
     def submit(self, work: Work, after: Iterable[Event | None] = ()) -> Event:
-        start_s = self.free_s
+        needed, self._waits = self._waits, []
         for event in after:
-            assert event is None or isinstance(event, VirtualEvent)
-            if event is None:
-                continue
-            if event.on_host and self.name != "host":  # a stream cannot wait for a worker: the submitter does
-                self._clock.now_s = max(self._clock.now_s, event.time_s)
-            start_s = max(start_s, event.time_s)
-        start_s = max(start_s, self._clock.now_s)
-        self.free_s = start_s + self._cost(work)
-        self._clock.spans.append((self.name, work.name, start_s, self.free_s))
-        return self.mark()
+            if event is not None:
+                assert isinstance(event, VirtualEvent)
+                if event.lane.name == "host" and self.name != "host":
+                    self.thread.wait(event)
+                else:
+                    needed.append(event)
+        if self._num_seen < len(self.thread.waited_for):
+            needed += self.thread.waited_for[self._num_seen :]
+            self._num_seen = len(self.thread.waited_for)
+        cost = self._cost
+        seconds = work.seconds if isinstance(work, TimedWork) else cost.seconds(work)
+        host_bytes_per_s = cost.host_bytes(work) / seconds if seconds else 0.0
+        submitted = VirtualEvent(self, work.name, seconds, host_bytes_per_s, needed)
+        self._stream.events.append(submitted)
+        return submitted
 
     def wait(self, event: Event) -> None:
         assert isinstance(event, VirtualEvent)
-        self.free_s = max(self.free_s, event.time_s)
+        self._waits.append(event)
 
-    def mark(self) -> VirtualEvent:
-        return VirtualEvent(self.free_s, on_host=self.name == "host")
+    def mark(self) -> Event:
+        if self._waits:
+            return self.submit(TimedWork(MARK))
+        events = self._stream.events
+        return events[-1] if events else VirtualEvent(self, MARK, 0.0, 0.0, [], 0.0, 0.0, done=True)
 
 
-def virtual_lanes(clock: VirtualClock, costs: dict[str, Cost]) -> Lanes:
-    """Lanes on ``clock``; ``costs`` gives seconds for a piece of work of the lanes compute, h2d, d2h and host."""
-    return Lanes(**{name: VirtualLane(name, clock, costs[name]) for name in ("compute", "h2d", "d2h", "host")})
+class VirtualMachine:
+    """Clock and host memory of one machine, and the lanes of its ranks.
+
+    Args:
+        host_bytes_per_s: bandwidth of host memory, reads and writes together.
+    """
+
+    def __init__(self, host_bytes_per_s: float = math.inf) -> None:
+        self.now_s = 0.0
+        self.events: list[VirtualEvent] = []  # finished, in the order of their starts
+        self._host_bytes_per_s = host_bytes_per_s
+        self._streams: list[_Stream] = []
+
+    def lanes(
+        self, costs: Mapping[str, Cost], *, duplex_speeds: tuple[float, float] = (1.0, 1.0), serial_link: bool = False
+    ) -> Lanes:
+        """The lanes of one more rank.
+
+        Args:
+            costs: of work on the lanes compute, h2d, d2h and host.
+            duplex_speeds: share of its rate alone that h2d, and d2h, keeps while the other is busy.
+            serial_link: both directions in one stream, as where one thing moves down before the next moves up.
+        """
+        thread = VirtualThread()
+        streams = {name: _Stream() for name in LANE_NAMES}
+        if serial_link:
+            streams["d2h"] = streams["h2d"]
+        else:
+            for name, opposite, speed in zip(("h2d", "d2h"), ("d2h", "h2d"), duplex_speeds, strict=True):
+                streams[name].opposite = streams[opposite]
+                streams[name].duplex_speed = speed
+        self._streams += dict.fromkeys(streams.values())
+        return Lanes(**{name: VirtualLane(name, costs[name], streams[name], thread) for name in LANE_NAMES})
+
+    def run(self) -> float:
+        """Run all that was submitted and not run yet; the time at which the last piece ends, in seconds."""
+        running: list[VirtualEvent] = []
+        while True:
+            while self._start(running):
+                pass
+            if not running:
+                break
+            self._share(running)
+            self.now_s = now_s = min([event.end_s for event in running])
+            still_running = []
+            for event in running:
+                if event.end_s > now_s:
+                    still_running.append(event)
+                else:
+                    event.done = True
+                    event.lane._stream.running = None
+            running = still_running
+        return self.now_s
+
+    def _start(self, running: list[VirtualEvent]) -> bool:
+        """Start the next work of each idle stream whose events are done; True if some took no time at all."""
+        again = False
+        for stream in self._streams:
+            if stream.running is not None or stream.num_started == len(stream.events):
+                continue
+            event = stream.events[stream.num_started]
+            for needed in event.after:
+                if not needed.done:
+                    break
+            else:
+                stream.num_started += 1
+                event.start_s, event.end_s = self.now_s, self.now_s + event.seconds
+                self.events.append(event)
+                if event.seconds:
+                    stream.running = event
+                    running.append(event)
+                else:
+                    event.done = again = True
+        return again
+
+    def _share(self, running: list[VirtualEvent]) -> None:
+        """Give each piece of running work its speed from now on, and the end that follows from it."""
+        speeds, asked = [], 0.0
+        for event in running:
+            stream = event.lane._stream
+            busy = stream.opposite is not None and stream.opposite.running is not None
+            speed = stream.duplex_speed if busy else 1.0
+            asked += speed * event.host_bytes_per_s
+            speeds.append(speed)
+        squeeze = min(1.0, self._host_bytes_per_s / asked) if asked else 1.0
+        for event, speed in zip(running, speeds, strict=True):
+            if event.host_bytes_per_s:
+                speed *= squeeze
+            if speed != event.speed:
+                event.end_s = self.now_s + (event.end_s - self.now_s) * event.speed / speed
+                event.speed = speed

@@ -1,0 +1,57 @@
+# Every target sets up what it needs, in .venv inside the tree, and is quick when that is already done.
+#   make demo       fine-tune a real language model with offload.AdamW (an accelerator is used if there is one)
+#   make test       the default test suite            make test-slow   the longer sweeps
+#   make lint       ruff, mypy --strict, clang-format make format      let ruff and clang-format rewrite
+#   make clean      remove what the targets above made, the downloaded model and text included
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+CSRC := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl)
+ENVIRONMENT := $(VENV)/.environment
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint format clean
+
+help:
+	@sed -n '2,5s/^#//p' Makefile
+
+# Virtual environment and torch: rarely changes, and its own stamp, so that an edit of the sources never touches torch.
+$(ENVIRONMENT): scripts/make_environment.py
+	$(PYTHON) scripts/make_environment.py $(VENV)
+	@touch $@
+
+# The package (editable, with its C++ extension) and every dependency of the tests and of the demo.
+$(INSTALLED): $(ENVIRONMENT) pyproject.toml setup.py $(filter csrc/cpu_adam/%,$(CSRC))
+	$(BIN)/python -m pip install --quiet --editable ".[dev,demo]"
+	@touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/python examples/fetch_demo_assets.py .cache/demo
+	$(BIN)/python examples/finetune.py $(DEMO_ARGS)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(if $(CSRC),$(BIN)/clang-format --dry-run -Werror $(CSRC))
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(if $(CSRC),$(BIN)/clang-format -i $(CSRC))
+
+clean:
+	rm -rf $(VENV) .cache out build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -f offload/*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

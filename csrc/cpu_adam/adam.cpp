@@ -1,0 +1,161 @@
+// The Adam update on the CPU: one translation unit, a plain C ABI, no torch and no Python headers.
+//
+// The binary is portable: each instruction set has a target region of its own, chosen at run time. The standard
+// headers come first, so that none of their inline code is compiled for more than the baseline. Built with
+// -ffp-contract=off, repeated below for compilers that read it: GCC contracts intrinsics too, and then the bits
+// depend on the compiler.
+#include <algorithm>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+
+#include "formats.h"
+#include "scalars.h"
+#include "thread_pool.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if defined(__clang__)
+#pragma STDC FP_CONTRACT OFF
+#else
+#pragma GCC optimize("fp-contract=off")
+#endif
+
+#define OFFLOAD_INLINE inline __attribute__((always_inline))
+#define OFFLOAD_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace offload {
+namespace {
+
+struct Buffers {
+  float* master;
+  float* exp_avg;
+  float* exp_avg_sq;
+  float* max_exp_avg_sq;  // null without amsgrad
+  const void* grad;
+  void* param_out;  // null without a parameter copy
+};
+
+using RangeFn = void (*)(const Buffers&, size_t begin, size_t end, const AdamScalars&);
+
+namespace scalar {
+#include "kernel.inl"
+}  // namespace scalar
+
+#if defined(__x86_64__)
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+namespace avx2 {
+#define OFFLOAD_VECTOR_LANE "lane_avx2.inl"
+#include "kernel.inl"
+#undef OFFLOAD_VECTOR_LANE
+}  // namespace avx2
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), \
+                             apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
+#endif
+namespace avx512 {
+#define OFFLOAD_VECTOR_LANE "lane_avx512.inl"
+#include "kernel.inl"
+#undef OFFLOAD_VECTOR_LANE
+}  // namespace avx512
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif  // __x86_64__
+
+// Values of the C ABI.
+enum class Isa : int { kScalar = 0, kAvx2 = 1, kAvx512 = 2 };
+
+bool IsSupported(Isa isa) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool has_avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (isa == Isa::kAvx2) return has_avx2;
+  if (isa == Isa::kAvx512) {
+    return has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  }
+#endif
+  return isa == Isa::kScalar;
+}
+
+RangeFn Select(Isa isa, Format grad, Format out) {
+#if defined(__x86_64__)
+  if (isa == Isa::kAvx512) return avx512::Select(grad, out);
+  if (isa == Isa::kAvx2) return avx2::Select(grad, out);
+#endif
+  return scalar::Select(grad, out);
+}
+
+// Round to nearest, denormals kept, exceptions masked; what the thread had before comes back at the end. The control
+// register is per thread and inherited from whoever started it, torch.set_flush_denormal(True) included.
+class IeeeArithmetic {
+#if defined(__x86_64__)
+ public:
+  IeeeArithmetic() : previous_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
+  ~IeeeArithmetic() { _mm_setcsr(previous_); }
+
+ private:
+  const unsigned previous_;
+#endif
+};
+
+}  // namespace
+}  // namespace offload
+
+// Raised with every change of a signature or of AdamScalars below; offload/kernels/native.py refuses another.
+OFFLOAD_EXPORT int offload_adam_abi_version() { return 1; }
+
+// isa: 0 scalar, 1 AVX2, 2 AVX-512. Whether this processor (and operating system) runs it.
+OFFLOAD_EXPORT int offload_adam_supports(int isa) { return offload::IsSupported(static_cast<offload::Isa>(isa)); }
+
+// One step over numel elements, in place. Formats: -1 none (param_out only), 0 fp32, 1 bfloat16, 2 fp16. Buffers
+// don't overlap; alignment is that of their element. Work is handed out in chunks of chunk_numel elements (> 0) to at
+// most num_threads threads, the caller included. Returns 0, or -1 for an isa or format that isn't known here.
+OFFLOAD_EXPORT int offload_adam_step(int isa, float* master, float* exp_avg, float* exp_avg_sq, float* max_exp_avg_sq,
+                                     const void* grad, int grad_format, void* param_out, int param_out_format,
+                                     size_t numel, const offload::AdamScalars* scalars, int num_threads,
+                                     size_t chunk_numel) {
+  using namespace offload;
+  if (!IsSupported(static_cast<Isa>(isa)) || chunk_numel == 0) return -1;
+  const RangeFn update =
+      Select(static_cast<Isa>(isa), static_cast<Format>(grad_format), static_cast<Format>(param_out_format));
+  if (update == nullptr) return -1;
+  const Buffers buffers{master, exp_avg, exp_avg_sq, max_exp_avg_sq, grad, param_out};
+  const size_t num_chunks = numel / chunk_numel + (numel % chunk_numel != 0);
+  std::atomic<size_t> next_chunk{0};
+  const ThreadPool::Task work = [&] {
+    const IeeeArithmetic arithmetic;
+    for (size_t c; (c = next_chunk.fetch_add(1, std::memory_order_relaxed)) < num_chunks;) {
+      const size_t begin = c * chunk_numel;
+      update(buffers, begin, begin + std::min(chunk_numel, numel - begin), *scalars);
+    }
+  };
+  const size_t num_useful = std::min(static_cast<size_t>(std::max(num_threads, 1)), num_chunks);
+  if (num_useful <= 1) {
+    work();
+  } else {
+    ThreadPool::OfThisProcess().Run(static_cast<int>(num_useful) - 1, work);
+  }
+  return 0;
+}

@@ -1,0 +1,1 @@
+"""The DeepSpeed ZeRO plugin. Not there yet: this package holds its place in the distribution."""

@@ -1,0 +1,95 @@
+"""The accelerator that every ``torch.accelerator`` backend can be."""
+
+from __future__ import annotations
+
+import mmap
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+PAGE_BYTES = mmap.PAGESIZE
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """Device memory at one moment, in bytes.
+
+    ``allocated_bytes`` is held by tensors, ``reserved_bytes`` by torch's allocator (tensors and cache),
+    ``peak_allocated_bytes`` is the most held since :meth:`Accelerator.reset_peak_memory`. ``free_bytes`` of
+    ``total_bytes`` are free as the device itself counts, other processes included.
+    """
+
+    allocated_bytes: int
+    reserved_bytes: int
+    peak_allocated_bytes: int
+    free_bytes: int
+    total_bytes: int
+
+
+def round_up_to_page(num_bytes: int) -> int:
+    """``num_bytes`` rounded up to whole pages. Raises ValueError unless it is positive."""
+    if num_bytes <= 0:
+        raise ValueError(f"cannot pin {num_bytes} bytes: the size must be at least 1")
+    return -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
+
+
+class Accelerator:
+    """One device of a ``torch.accelerator`` backend.
+
+    The ``*_host_*`` methods tell an emulated device what the host does beside it, for its race detector and its clock.
+    They do nothing on a real one, which sees for itself.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def pinned_empty(self, num_bytes: int) -> Tensor:
+        """Page-locked host memory, uninitialised: a 1-D uint8 CPU tensor of ``num_bytes`` rounded up to a page.
+
+        The memory is page-aligned. torch's allocator may hold more than it was asked for (up to the next power of two).
+        """
+        return torch.empty(round_up_to_page(num_bytes), dtype=torch.uint8, pin_memory=True)
+
+    def memory(self) -> DeviceMemory:
+        """Memory use of the device now. Does not wait for it."""
+        free_bytes, total_bytes = torch.accelerator.get_memory_info(self.device)
+        return DeviceMemory(
+            allocated_bytes=torch.accelerator.memory_allocated(self.device),
+            reserved_bytes=torch.accelerator.memory_reserved(self.device),
+            peak_allocated_bytes=torch.accelerator.max_memory_allocated(self.device),
+            free_bytes=free_bytes,
+            total_bytes=total_bytes,
+        )
+
+    def reset_peak_memory(self) -> None:
+        """Count ``peak_allocated_bytes`` anew from what is allocated now."""
+        torch.accelerator.reset_peak_memory_stats(self.device)
+
+    def declare_host_work(self, name: str, reads: Sequence[Tensor], writes: Sequence[Tensor]) -> None:
+        """Tell that the calling thread now reads and writes these CPU tensors.
+
+        To be called by the thread that does the work, after it has waited for the events the work depends on.
+        """
+
+    def host_time_s(self) -> float:
+        """The clock that work of the host is timed with, in seconds from an arbitrary start."""
+        return time.perf_counter()
+
+    def charge_host_time(self, seconds: float, name: str = "host work") -> None:
+        """Advance the virtual clock of the calling thread: work called ``name`` took ``seconds``."""
+
+    def own_host_clock(self) -> None:
+        """Give the calling thread, a worker, a clock apart from the process's: what it does overlaps with the rest.
+
+        From then on the order between it and other threads is what :meth:`host_mark` and :meth:`host_join` say.
+        """
+
+    def host_mark(self) -> object:
+        """A point in the calling thread's work, for another thread to :meth:`host_join` after it was handed over."""
+        return None
+
+    def host_join(self, mark: object) -> None:
+        """Tell that what the calling thread does next comes after ``mark`` (a queue, a future or a lock saw to it)."""

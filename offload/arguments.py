@@ -1,0 +1,59 @@
+"""Checks of an optimizer's constructor arguments, and the names that its messages give to parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from offload.policy import parse_policy
+from offload.pool import Budgets, parse_bytes
+from offload.runtime import Options
+
+# torch's implementation switches, at the values that are true of this optimizer.
+_ACCEPTED_SWITCHES: dict[str, tuple[bool | None, ...]] = {
+    "foreach": (None, False),
+    "fused": (None, True),
+    "capturable": (False,),
+    "differentiable": (False,),
+}
+
+
+def check_switches(**switches: bool | None) -> None:
+    """Raise ValueError for a switch of torch's that would have to change how the update runs."""
+    for name, value in switches.items():
+        if value not in _ACCEPTED_SWITCHES[name]:
+            raise ValueError(
+                f"{name}={value} is not available: the update is one fused pass outside autograd and CUDA graphs; "
+                f"leave {name} at {_ACCEPTED_SWITCHES[name][0]}"
+            )
+
+
+def parse_options(
+    *,
+    plan: object,
+    device_budget: int | str | None,
+    host_budget: int | str | None,
+    pinned_budget: int | str | None,
+    subgroup_numel: int | None,
+    num_slots: int | None,
+) -> Options:
+    """What the user asked for, checked as far as it can be without the parameters.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what is accepted.
+    """
+    if num_slots is not None:
+        if not isinstance(num_slots, int) or isinstance(num_slots, bool):
+            raise TypeError(f"num_slots must be an int or None, not {num_slots!r}")
+        if num_slots < 1:
+            raise ValueError(f"num_slots={num_slots} is too few; give 1 or more (2 keeps both link directions busy)")
+    budgets = Budgets(
+        device_bytes=parse_bytes(device_budget, "device_budget"),
+        host_bytes=parse_bytes(host_budget, "host_budget"),
+        pinned_bytes=parse_bytes(pinned_budget, "pinned_budget"),
+    )
+    return Options(parse_policy(plan), budgets, subgroup_numel, num_slots)
+
+
+def param_name(group: dict[str, Any], group_index: int, index: int) -> str:
+    """The name of a group's parameter, or where it is if the parameters were given without names."""
+    return str(group["param_names"][index]) if "param_names" in group else f"{index} of group {group_index}"

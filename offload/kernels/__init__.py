@@ -1,0 +1,22 @@
+"""The Adam update: one definition, several implementations, the same bits from each.
+
+docs/numerics.md writes the arithmetic down. Importing this package loads neither the C++ library nor numba nor
+triton: each is found at its first use.
+"""
+
+from __future__ import annotations
+
+from offload.kernels.dispatch import adam_step
+from offload.kernels.scalars import AdamScalars
+from offload.kernels.selection import available_implementations, default_implementation, use_implementation
+from offload.kernels.threads import num_threads, set_num_threads
+
+__all__ = [
+    "AdamScalars",
+    "adam_step",
+    "available_implementations",
+    "default_implementation",
+    "num_threads",
+    "set_num_threads",
+    "use_implementation",
+]

@@ -1,0 +1,100 @@
+"""What is the same for every element of a step."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from dataclasses import astuple, dataclass
+
+from offload.kernels.arithmetic import denormals_kept
+
+
+def _to_float32(value: float) -> float:
+    with denormals_kept():
+        return ctypes.c_float(value).value
+
+
+@dataclass(frozen=True, slots=True)
+class AdamScalars:
+    """The scalars of one Adam step, as the kernels use them: every float is exactly representable in fp32.
+
+    Build them with :meth:`at_step`, which computes in float64 and rounds to fp32 once, in the order of torch's fused
+    CPU kernels. Hashable, so a schedule may cache by them.
+    """
+
+    grad_multiplier: float
+    """Multiplied into the gradient: unscaling and clipping, negated to maximize."""
+    l2_decay: float
+    """The gradient gets ``+ l2_decay * p``; 0 when the decay is decoupled or absent."""
+    param_decay: float
+    """The parameter is multiplied by it; 1 when the decay is L2 or absent."""
+    lerp_weight: float
+    """``exp_avg = fma(lerp_weight, g - exp_avg, exp_avg)``, or ``..., g)`` with ``lerp_from_grad``."""
+    beta2: float
+    one_minus_beta2: float
+    sqrt_bias_correction2: float
+    """``sqrt(1 - beta2**step)``."""
+    eps: float
+    neg_step_size: float
+    """``-(lr / (1 - beta1**step))``."""
+    lerp_from_grad: bool
+    """True for beta1 <= 0.5, where torch interpolates from the other end, with weight ``-beta1``."""
+
+    @classmethod
+    def at_step(
+        cls,
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        step: int,
+        decoupled: bool,
+        maximize: bool = False,
+        grad_scale: float = 1.0,
+    ) -> AdamScalars:
+        """Scalars of step number ``step`` (the first is 1).
+
+        ``decoupled`` chooses AdamW's weight decay, else Adam's (L2). Gradients are multiplied by ``grad_scale``: give
+        ``clip_coefficient / loss_scale``. It may be any float, NaN included, which then reaches every element.
+
+        Raises ValueError for hyper-parameters that torch.optim.AdamW refuses, and for a step below 1.
+        """
+        beta1, beta2 = betas
+        _check(lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, step=step)
+        lerp_weight = _to_float32(1 - beta1)
+        lerp_from_grad = lerp_weight >= 0.5
+        has_l2 = weight_decay != 0 and not decoupled
+        return cls(
+            grad_multiplier=_to_float32(-grad_scale if maximize else grad_scale),
+            l2_decay=_to_float32(weight_decay) if has_l2 else 0.0,
+            param_decay=_to_float32(1 - lr * weight_decay) if decoupled else 1.0,
+            lerp_weight=lerp_weight - 1 if lerp_from_grad else lerp_weight,  # exact in fp32 from 0.5 to 1
+            beta2=_to_float32(beta2),
+            one_minus_beta2=_to_float32(1 - beta2),
+            sqrt_bias_correction2=_to_float32(math.sqrt(1 - beta2**step)),
+            eps=_to_float32(eps),
+            neg_step_size=_to_float32(-(lr / (1 - beta1**step))),
+            lerp_from_grad=lerp_from_grad,
+        )
+
+    def to_list(self) -> list[float]:
+        """Its fields in order, as the ``float[]`` argument of a torch operator."""
+        return [float(value) for value in astuple(self)]
+
+    @classmethod
+    def from_list(cls, values: list[float]) -> AdamScalars:
+        """The inverse of :meth:`to_list`."""
+        *floats, lerp_from_grad = values
+        return cls(**dict(zip(cls.__slots__, floats, strict=False)), lerp_from_grad=bool(lerp_from_grad))
+
+
+def _check(*, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int) -> None:
+    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name} must be finite and at least 0, not {value!r}")
+    for name, value in (("betas[0]", beta1), ("betas[1]", beta2)):
+        if not 0 <= value < 1:
+            raise ValueError(f"{name} must be at least 0 and less than 1, not {value!r}")
+    if step < 1:
+        raise ValueError(f"step counts from 1, not {step!r}: bias correction divides by 1 - beta**step")

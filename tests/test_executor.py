@@ -1,0 +1,343 @@
+"""The executor gives the same bits in any order that its waits allow, and every one of its waits is needed."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import itertools
+import random
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from offload import executor, ordering
+from offload.adam import AdamSubgroup, ParamSlice, SliceUpdate
+from offload.executor import run_update
+from offload.kernels import AdamScalars, adam_step
+from offload.lanes import Lanes, Work
+from offload.lanes.inline import inline_lanes
+from offload.lanes.lazy import LazyWorld, lazy_lanes
+from offload.plan import CHAINS, Op, OpKind, Placement, Plan, lower
+from offload.subgroup import Slot, Staging, Subgroup
+
+RunUpdate = Callable[[Plan, Sequence[Subgroup], Sequence[Slot], Sequence[Staging], Lanes], None]
+
+# Odd and even, with and without a vector's tail; neighbours differ, so a buffer read too late is read at another size.
+NUMELS = (5, 33, 16, 7, 40, 1, 24)
+DTYPES = (torch.bfloat16, torch.float32)
+NUM_SUBGROUPS = len(NUMELS)
+NUM_BUFFERS = 3
+STATE_ROWS = 3
+
+
+def scalars_of(step: int) -> AdamScalars:
+    return AdamScalars.at_step(
+        lr=0.05, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, step=step, decoupled=True, grad_scale=0.5
+    )
+
+
+@cache
+def noise(step: int, index: int) -> Tensor:
+    return torch.randn(NUMELS[index], generator=torch.Generator().manual_seed(100 * step + index))
+
+
+def dtype_of(index: int) -> torch.dtype:
+    return DTYPES[index % len(DTYPES)]
+
+
+def initial_params() -> list[Tensor]:
+    return [noise(0, i).to(dtype_of(i), copy=True) for i in range(NUM_SUBGROUPS)]
+
+
+def loss_gradient(param: Tensor, step: int, index: int) -> Tensor:
+    """Depends on the parameter, so a parameter read too early or too late changes all that follows."""
+    return (noise(step, index) + param.float()).to(param.dtype)
+
+
+class Model:
+    """One parameter a subgroup. Its forward reads all parameters and its backward writes all gradients.
+
+    Buffers start as NaN. Each step has actions of its own, because lazy lanes may run it when later ones are queued.
+    """
+
+    def __init__(self, lanes: Lanes, *, run: RunUpdate = run_update) -> None:
+        self.lanes = lanes
+        self.params = initial_params()
+        self.grads = [torch.full_like(param, torch.nan) for param in self.params]
+        self.states = [torch.stack([p.float(), torch.zeros(p.numel()), torch.zeros(p.numel())]) for p in self.params]
+        self.seen: list[Tensor] = []  # by the forwards, in order
+        self._run = run
+        self._step = 0
+        self._subgroups = [
+            Subgroup(i, p.numel(), p.numel() * p.itemsize, STATE_ROWS * p.numel() * 4)
+            for i, p in enumerate(self.params)
+        ]
+        largest = max(NUMELS)
+        self._slots = [Slot(i, torch.full((STATE_ROWS * largest,), torch.nan)) for i in range(NUM_BUFFERS)]
+        self._stagings = [Staging(i, _nan_bytes(largest), _nan_bytes(largest)) for i in range(NUM_BUFFERS)]
+
+    def step(self, plan: Plan, idle: Collection[int] = ()) -> None:
+        """Forward, backward and the update of all but the ``idle`` subgroups, enqueued."""
+        self._step += 1
+        self.forward()
+        self.lanes.compute.submit(Work("backward", partial(self._backward, self._step)))
+        for subgroup, param, grad, state in zip(self._subgroups, self.params, self.grads, self.states, strict=True):
+            item = ParamSlice(param, 0, param.numel())
+            actions = AdamSubgroup([item], param.dtype, state, None)
+            actions.begin_step([SliceUpdate(item, grad, scalars_of(self._step))])
+            subgroup.actions = actions
+        self._run(plan.without(idle), self._subgroups, self._slots, self._stagings, self.lanes)
+
+    def forward(self) -> None:
+        self.lanes.compute.submit(Work("forward", lambda: self.seen.extend(param.clone() for param in self.params)))
+
+    def _backward(self, step: int) -> None:
+        for i, (param, grad) in enumerate(zip(self.params, self.grads, strict=True)):
+            grad.copy_(loss_gradient(param, step, i))
+
+    def finish(self) -> list[Tensor]:
+        """All that the forwards saw, and what is left when nothing is in flight."""
+        self.forward()
+        self.lanes.synchronize()
+        return [*self.seen, *self.params, *self.states]
+
+
+def _nan_bytes(numel: int) -> Tensor:
+    return torch.full((numel,), torch.nan).view(torch.uint8)
+
+
+def train_in_order(idle_of_steps: Sequence[Collection[int]]) -> list[Tensor]:
+    """What :meth:`Model.finish` has to return: the kernel and nothing else, on one subgroup after another."""
+    params, seen = initial_params(), []
+    states = [torch.stack([p.float(), torch.zeros(p.numel()), torch.zeros(p.numel())]) for p in params]
+    for step, idle in enumerate(idle_of_steps, start=1):
+        seen += [param.clone() for param in params]
+        for i, (param, state) in enumerate(zip(params, states, strict=True)):
+            if i not in idle:
+                adam_step(*state.unbind(), loss_gradient(param, step, i), param, scalars=scalars_of(step))
+    return [*seen, *(param.clone() for param in params), *params, *states]
+
+
+def equal_bits(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+# ---- plans at random
+
+
+def random_plan(
+    rng: random.Random, placements: Sequence[Placement], num_slots: int = NUM_BUFFERS, num_staging: int = NUM_BUFFERS
+) -> Plan:
+    """Any plan there is for ``placements``: at each point one of the operations that may come next."""
+    free = {Placement.HOST: list(range(num_staging)), Placement.DEVICE: list(range(num_slots))}
+    left = {i: list(CHAINS[where]) for i, where in enumerate(placements)}
+    held: dict[int, int] = {}
+    ops = []
+    while left:
+        ready = [i for i in left if i in held or placements[i] is Placement.RESIDENT or free[placements[i]]]
+        i = rng.choice(ready)
+        if placements[i] is Placement.RESIDENT:
+            ops.append(Op(left.pop(i)[0], i))
+            continue
+        buffers = free[placements[i]]
+        if i not in held:
+            held[i] = buffers.pop(rng.randrange(len(buffers)))
+        ops.append(Op(left[i].pop(0), i, held[i]))
+        if not left[i]:
+            buffers.append(held.pop(i))
+            del left[i]
+    return Plan(tuple(ops))
+
+
+@dataclass(frozen=True)
+class Run:
+    """Plans of a few steps, which subgroups are idle in each, and whose state stays on the device throughout."""
+
+    plans: tuple[Plan, ...]
+    idle: tuple[frozenset[int], ...]
+
+
+def random_run(seed: int, num_steps: int = 4) -> Run:
+    """Placements, order, number of buffers and idle subgroups change every step; residents stay."""
+    rng = random.Random(seed)
+    residents = frozenset(rng.sample(range(NUM_SUBGROUPS), rng.choice([0, 0, 1, 2])))
+    plans, idle = [], []
+    for _ in range(num_steps):
+        share = rng.choice([0.0, 0.3, 0.5, 0.7, 1.0])
+        placements = [
+            Placement.RESIDENT if i in residents else Placement.DEVICE if rng.random() < share else Placement.HOST
+            for i in range(NUM_SUBGROUPS)
+        ]
+        num_slots, num_staging = rng.randint(1, NUM_BUFFERS), rng.randint(1, NUM_BUFFERS)
+        if rng.random() < 0.3:
+            order = rng.sample(range(NUM_SUBGROUPS), NUM_SUBGROUPS)
+            plan = lower(placements, num_slots=num_slots, num_staging=num_staging, order=order)
+        else:
+            plan = random_plan(rng, placements, num_slots, num_staging)
+        plan.validate(NUM_SUBGROUPS, num_slots=num_slots, num_staging=num_staging, resident=residents)
+        plans.append(plan)
+        idle.append(frozenset(i for i in range(NUM_SUBGROUPS) if rng.random() < rng.choice([0.0, 0.2])))
+    return Run(tuple(plans), tuple(idle))
+
+
+def train(run: Run, lanes: Lanes, run_update: RunUpdate = run_update) -> list[Tensor]:
+    model = Model(lanes, run=run_update)
+    for plan, idle in zip(run.plans, run.idle, strict=True):
+        model.step(plan, idle)
+    return model.finish()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_inline_lanes_train_as_the_kernel_alone(seed: int) -> None:
+    run = random_run(seed)
+    assert equal_bits(train(run, inline_lanes()), train_in_order(run.idle))
+
+
+def check_any_order(seeds: range, favour: str | None) -> None:
+    for seed in seeds:
+        run = random_run(seed)
+        trained = train(run, lazy_lanes(seed, eagerness=(0.0, 0.3, 0.7)[seed % 3], favour=favour))
+        assert equal_bits(trained, train_in_order(run.idle)), f"seed {seed}: {[str(plan) for plan in run.plans]}"
+
+
+@pytest.mark.parametrize("favour", [None, *LazyWorld.LANES])
+def test_no_order_that_the_waits_allow_changes_a_bit(favour: str | None) -> None:
+    """Five adversaries, 110 runs each: 550 random orders of random plans that change at each of four steps."""
+    check_any_order(range(110), favour)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("favour", [None, *LazyWorld.LANES])
+def test_no_order_changes_a_bit_at_length(favour: str | None) -> None:
+    check_any_order(range(1000, 3000), favour)
+
+
+def test_verifier_finds_no_hazard_in_random_plans() -> None:
+    for seed in range(500):
+        assert find_hazards(random_run(seed), run_update) == []
+
+
+# ---- every wait is needed
+
+
+def find_hazards(run: Run, run_update: RunUpdate) -> list[str]:
+    """:func:`offload.ordering.find_hazards` over an executor of ours."""
+    plans = [plan.without(idle) for plan, idle in zip(run.plans, run.idle, strict=True)]
+    subgroups = [Subgroup(i, numel, 2 * numel, 12 * numel) for i, numel in enumerate(NUMELS)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ordering, "run_update", run_update)
+        return ordering.find_hazards(plans, subgroups)
+
+
+@dataclass(frozen=True)
+class Dependency:
+    """One thing that the executor's source makes a lane wait for. ``remove`` takes it out of the parsed source."""
+
+    name: str
+    kind: OpKind | None  # of the operation that waits; None for a join of whole lanes
+    remove: Callable[[], object]
+
+
+def dependencies(tree: ast.AST) -> Iterator[Dependency]:
+    """Every element of an ``after=(...)``, every ``lane.wait(...)``, and every ``lane.mark()`` that is given a name."""
+    kind_of = {
+        id(node): getattr(OpKind, pattern.rsplit(".")[-1])
+        for case in ast.walk(tree)
+        if isinstance(case, ast.match_case) and (pattern := ast.unparse(case.pattern)).startswith("OpKind.")
+        for node in ast.walk(case)
+    }
+    for node in ast.walk(tree):
+        match node:
+            case ast.keyword(arg="after", value=value):
+                assert isinstance(value, ast.Tuple), f"write `after` as a tuple, not as {ast.unparse(value)}"
+                for i, element in enumerate(value.elts):
+                    kind = kind_of.get(id(node))
+                    name = f"{kind.name if kind else 'other'} after {ast.unparse(element)}"
+                    yield Dependency(name, kind, partial(value.elts.pop, i))
+            case ast.Expr(value=ast.Call(func=ast.Attribute(attr="wait"))):
+                yield Dependency(ast.unparse(node), None, partial(setattr, node, "value", ast.Constant(None)))
+            case ast.Assign(value=ast.Call(func=ast.Attribute(attr="mark"))):
+                yield Dependency(ast.unparse(node), None, partial(setattr, node, "value", ast.Constant(None)))
+
+
+SOURCE = inspect.getsource(run_update)
+DEPENDENCIES = list(dependencies(ast.parse(SOURCE)))
+NAMES = [dependency.name for dependency in DEPENDENCIES]
+
+
+def executor_without(name: str) -> RunUpdate:
+    """``run_update``, less one dependency."""
+    tree = ast.parse(SOURCE)
+    next(dependency for dependency in dependencies(tree) if dependency.name == name).remove()
+    namespace = dict(vars(executor))
+    exec(compile(ast.fix_missing_locations(tree), f"run_update without {name}", "exec"), namespace)
+    mutant: RunUpdate = namespace["run_update"]
+    return mutant
+
+
+# Two steps in which every dependency orders something that nothing else orders: staging buffers and slots are used
+# again within a step, the state flushed last is prefetched first, and into a slot that was drained before.
+WITNESS = Run(
+    plans=tuple(
+        Plan.parse(text)
+        for text in (
+            "D0@0 C0@0 U0@0 D1@0 C1@0 U1@0 D5@1 D6@2 C6@2 C5@1 U5@1 U6@2 P2@1 G2@1 F2@1 P3@1 G3@1 F3@1 P4@0 G4@0 F4@0",
+            "P4@1 G4@1 F4@1 D0@0 C0@0 U0@0 D1@0 C1@0 U1@0 P2@0 G2@0 F2@0 P3@1 G3@1 F3@1 D5@1 D6@2 C6@2 C5@1 U5@1 U6@2",
+        )
+    ),
+    idle=(frozenset(), frozenset()),
+)
+WITNESS_RESULT = train_in_order(WITNESS.idle)
+
+
+def is_caught_by_numbers(mutant: RunUpdate, lanes: Lanes) -> bool:
+    return not equal_bits(train(WITNESS, lanes, mutant), WITNESS_RESULT)
+
+
+def test_dependencies_are_read_from_the_source() -> None:
+    assert len(set(NAMES)) == len(NAMES)
+    count = Counter(dependency.kind for dependency in DEPENDENCIES)
+    for kind in (*CHAINS[Placement.HOST], *CHAINS[Placement.DEVICE]):
+        assert count[kind] > 0, f"no dependency of {kind.name} was found"
+    assert count[None] > 0
+    assert SOURCE.count("after=") == SOURCE.count(".submit(") - 1  # all but the resident update's are looked into
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("favour", [None, *LazyWorld.LANES])
+def test_witness_is_sound(favour: str | None, seed: int) -> None:
+    assert not is_caught_by_numbers(run_update, lazy_lanes(seed, favour=favour))
+    assert find_hazards(WITNESS, run_update) == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_verifier_catches_each_missing_wait(name: str) -> None:
+    hazards = find_hazards(WITNESS, executor_without(name))
+    assert hazards, f"nothing needs `{name}`: remove it"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_numbers_catch_each_missing_wait(name: str) -> None:
+    """One adversary, the one that runs the lane that no longer waits as early as it can, catches it at every seed."""
+    mutant = executor_without(name)
+    always = [
+        favour
+        for favour in LazyWorld.LANES
+        if all(is_caught_by_numbers(mutant, lazy_lanes(seed, favour=favour)) for seed in range(20))
+    ]
+    assert always, f"no adversary always catches a missing `{name}`"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_verifier_names_a_hazard_wherever_numbers_are_wrong(name: str) -> None:
+    """The two proofs know nothing of each other; the verifier may warn of what happens to end well, not the reverse."""
+    mutant = executor_without(name)
+    for seed, favour in itertools.product(range(6), LazyWorld.LANES):
+        run = random_run(seed)
+        if not equal_bits(train(run, lazy_lanes(seed, favour=favour), mutant), train_in_order(run.idle)):
+            assert find_hazards(run, mutant)
