@@ -10,8 +10,7 @@ from offload.kernels.arithmetic import denormals_kept
 
 
 def _to_float32(value: float) -> float:
-    with denormals_kept():
-        return ctypes.c_float(value).value
+    return ctypes.c_float(value).value
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,21 +61,22 @@ class AdamScalars:
         """
         beta1, beta2 = betas
         _check(lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, step=step)
-        lerp_weight = _to_float32(1 - beta1)
-        lerp_from_grad = lerp_weight >= 0.5
         has_l2 = weight_decay != 0 and not decoupled
-        return cls(
-            grad_multiplier=_to_float32(-grad_scale if maximize else grad_scale),
-            l2_decay=_to_float32(weight_decay) if has_l2 else 0.0,
-            param_decay=_to_float32(1 - lr * weight_decay) if decoupled else 1.0,
-            lerp_weight=lerp_weight - 1 if lerp_from_grad else lerp_weight,  # exact in fp32 from 0.5 to 1
-            beta2=_to_float32(beta2),
-            one_minus_beta2=_to_float32(1 - beta2),
-            sqrt_bias_correction2=_to_float32(math.sqrt(1 - beta2**step)),
-            eps=_to_float32(eps),
-            neg_step_size=_to_float32(-(lr / (1 - beta1**step))),
-            lerp_from_grad=lerp_from_grad,
-        )
+        with denormals_kept():
+            lerp_weight = _to_float32(1 - beta1)
+            lerp_from_grad = lerp_weight >= 0.5
+            return cls(
+                grad_multiplier=_to_float32(-grad_scale if maximize else grad_scale),
+                l2_decay=_to_float32(weight_decay) if has_l2 else 0.0,
+                param_decay=_to_float32(1 - lr * weight_decay) if decoupled else 1.0,
+                lerp_weight=lerp_weight - 1 if lerp_from_grad else lerp_weight,  # exact in fp32 from 0.5 to 1
+                beta2=_to_float32(beta2),
+                one_minus_beta2=_to_float32(1 - beta2),
+                sqrt_bias_correction2=_to_float32(math.sqrt(1 - beta2**step)),
+                eps=_to_float32(eps),
+                neg_step_size=_to_float32(-(lr / (1 - beta1**step))),
+                lerp_from_grad=lerp_from_grad,
+            )
 
     def to_list(self) -> list[float]:
         """Its fields in order, as the ``float[]`` argument of a torch operator."""

@@ -19,7 +19,7 @@ BLOCK_NUMEL = 1024
 
 
 # bfloat16 is converted in integers, as in every implementation: triton's interpreter truncates, and loses denormals.
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _to_float32(x):  # type: ignore[no-untyped-def]
     if x.dtype == tl.bfloat16:
         return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
@@ -27,7 +27,7 @@ def _to_float32(x):  # type: ignore[no-untyped-def]
         return x.to(tl.float32)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _to_bfloat16(x):  # type: ignore[no-untyped-def]
     bits = x.to(tl.uint32, bitcast=True)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
