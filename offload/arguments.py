@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from os import PathLike
 from typing import Any
 
+from offload.hardware import HardwareProfile
+from offload.perf_model import Rates
 from offload.policy import parse_policy
 from offload.pool import Budgets, parse_bytes
 from offload.runtime import Options
@@ -35,6 +38,7 @@ def parse_options(
     pinned_budget: int | str | None,
     subgroup_numel: int | None,
     num_slots: int | None,
+    profile: object = None,
 ) -> Options:
     """What the user asked for, checked as far as it can be without the parameters.
 
@@ -51,7 +55,20 @@ def parse_options(
         host_bytes=parse_bytes(host_budget, "host_budget"),
         pinned_bytes=parse_bytes(pinned_budget, "pinned_budget"),
     )
-    return Options(parse_policy(plan), budgets, subgroup_numel, num_slots)
+    policy = parse_policy(plan)
+    if profile is not None and policy != "auto":
+        raise ValueError(f"profile tells plan='auto' where to start, and plan is {plan!r}; leave one of them out")
+    return Options(policy, budgets, subgroup_numel, num_slots, _rates_of(profile))
+
+
+def _rates_of(profile: object) -> Rates | None:
+    if profile is None or isinstance(profile, Rates):
+        return profile
+    if isinstance(profile, (str, PathLike)):
+        profile = HardwareProfile.load(profile)
+    if not isinstance(profile, HardwareProfile):
+        raise TypeError(f"profile must be a HardwareProfile, its name or file, Rates, or None, not {profile!r}")
+    return Rates.from_profile(profile)
 
 
 def param_name(group: dict[str, Any], group_index: int, index: int) -> str:

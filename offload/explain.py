@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from offload.controller import Decision
 from offload.plan import Placement
 from offload.pool import format_bytes
 from offload.runtime import Runtime
+
+MAX_DECISIONS = 8  # that are explained, the last ones
 
 _WHERE = {
     Placement.HOST: "CPU",
@@ -36,4 +41,30 @@ def explain(runtime: Runtime) -> str:
             f"{rates.device_update_params_per_s / 1e9:.3f} billion parameters/s; "
             f"predicted update {runtime.simulate(rates).update_s * 1e3:.2f} ms"
         )
+    lines += explain_decisions(runtime.decisions)
     return "\n".join(lines)
+
+
+def explain_decisions(decisions: Sequence[Decision]) -> list[str]:
+    """What was measured, predicted and decided, a line each; the last of many."""
+    lines = []
+    if len(decisions) > MAX_DECISIONS:
+        lines.append(f"{len(decisions) - MAX_DECISIONS} decisions before these")
+    for decision in decisions[-MAX_DECISIONS:]:
+        measured_s, predicted_s = decision.measurement.update_s, decision.predicted_s
+        before = "" if predicted_s is None else f" (predicted {predicted_s * 1e3:.2f} ms, {decision.error:+.0%})"
+        lines.append(f"step {decision.measurement.step}: update {measured_s * 1e3:.2f} ms{before}; {_why(decision)}")
+    return lines
+
+
+def _why(decision: Decision) -> str:
+    gain = decision.current_s / decision.target_s - 1
+    match decision.action:
+        case "kept":
+            return f"kept the plan: the best share would gain {gain:.1%}, not worth a change"
+        case "reordered":
+            return f"reordered operations: a gain of {gain:.1%} by prediction"
+        case "moved":
+            return f"moved subgroups {list(decision.moved)} to the other side: the best share gains {gain:.1%}"
+        case "probed":
+            return f"moved subgroups {list(decision.moved)} to measure a side that was long unused"

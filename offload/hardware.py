@@ -115,8 +115,8 @@ class HardwareProfile:
         """What a rank has of cores and host memory with ``num_ranks`` at work, over what it has with all of them."""
         if not 1 <= num_ranks <= self.num_ranks_per_node:
             raise ValueError(
-                f"num_ranks={num_ranks} is not between 1 and the {self.num_ranks_per_node} that share a node of profile "
-                f"{self.name!r}; more ranks take more nodes, each with its own"
+                f"num_ranks={num_ranks} is not between 1 and the {self.num_ranks_per_node} that share a node of "
+                f"profile {self.name!r}; more ranks take more nodes, each with its own"
             )
         return self.num_ranks_per_node / num_ranks
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from os import PathLike
 from typing import Any, Literal
 
 import torch
@@ -41,7 +42,7 @@ class Adam(torch.optim.Optimizer):
         lr, betas, eps, weight_decay, amsgrad, maximize: as in torch.
         foreach, fused, capturable, differentiable: accepted at the values that describe this optimizer (it is fused,
             runs eagerly and is not differentiable), so that code written for torch's runs; other values are errors.
-        plan: ``"auto"`` measures rates in the first steps and takes the fastest split, ``"host"`` updates all on the
+        plan: ``"auto"`` measures some steps and follows the fastest split as rates change, ``"host"`` updates all on the
             CPU, ``"device"`` streams all through the accelerator; or :class:`offload.Static`, :class:`offload.Stride`,
             an :class:`offload.Plan` or its text.
         device_budget, host_budget, pinned_budget: upper bounds on what the optimizer takes beyond parameters and
@@ -49,6 +50,8 @@ class Adam(torch.optim.Optimizer):
         subgroup_numel: parameters in a subgroup, about: whole parameters are packed. None takes a 24th of the
             model, within 2**20 and 1e8.
         num_slots: device buffers, each for one subgroup's state.
+        profile: what ``plan="auto"`` believes of the machine until it has measured: a :class:`HardwareProfile`, its
+            name or file, or :class:`Rates`; None starts with a plan that measures both sides.
         on_nonfinite: what :meth:`step` does about NaN or infinity in a gradient: raise
             :class:`NonFiniteGradientError`, or skip the step and count it in ``num_skipped_steps``. State and
             parameters are untouched either way.
@@ -80,6 +83,7 @@ class Adam(torch.optim.Optimizer):
         pinned_budget: int | str | None = None,
         subgroup_numel: int | None = None,
         num_slots: int | None = None,
+        profile: HardwareProfile | Rates | str | None = None,
         on_nonfinite: OnNonFinite = "error",
     ) -> None:
         check_switches(foreach=foreach, fused=fused, capturable=capturable, differentiable=differentiable)
@@ -92,6 +96,7 @@ class Adam(torch.optim.Optimizer):
             pinned_budget=pinned_budget,
             subgroup_numel=subgroup_numel,
             num_slots=num_slots,
+            profile=profile,
         )
         self.on_nonfinite = on_nonfinite
         self.num_skipped_steps = 0
@@ -175,7 +180,7 @@ class Adam(torch.optim.Optimizer):
                 loss = closure()
         params = self._params_with_grad()
         if not params:
-            warnings.warn("step() found no gradients, so it changed nothing: was backward() called?", stacklevel=3)
+            warnings.warn("step() found no gradients, so it changed nothing: was backward() called?", stacklevel=4)
             return loss
         grad_scale = self._grad_scale.take()
         if not all_finite([param.grad for _, param in params if param.grad is not None]):
@@ -338,6 +343,18 @@ class Adam(torch.optim.Optimizer):
     def explain(self) -> str:
         """Which subgroup is updated where, what it costs in memory, and what the rates measured so far predict."""
         return explain(self.runtime)
+
+    def save_decisions(self, path: str | PathLike[str]) -> None:
+        """Write what ``plan="auto"`` measured and decided as JSON lines, for ``offload explain``.
+
+        Raises:
+            ValueError: if nothing is decided while training: another plan, a model on the CPU, or a budget that lets no
+                state visit the device.
+        """
+        controller = self.runtime.controller
+        if controller is None:
+            raise ValueError("there are no decisions: only plan='auto' with states that may visit an accelerator has any")
+        controller.save(path)
 
     def simulate(self, machine: HardwareProfile | Rates, plan: Plan | None = None) -> Prediction:
         """Predict one update of these subgroups on a named or measured machine, without running it."""

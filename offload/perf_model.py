@@ -117,7 +117,7 @@ def spans_of(events: Sequence[VirtualEvent]) -> tuple[Span, ...]:
 
 
 class Predictor:
-    """Predicts plans for the same subgroups on the same machine: what they have in common is prepared once."""
+    """Predicts plans for the same subgroups on the same machine."""
 
     def __init__(self, subgroups: Sequence[Subgroup], rates: Rates | HardwareProfile) -> None:
         self.rates = Rates.from_profile(rates) if isinstance(rates, HardwareProfile) else rates
@@ -125,8 +125,7 @@ class Predictor:
 
     def predict(self, plan: Plan) -> Prediction:
         """Time one step of ``plan`` from idle lanes until the last flush and upload."""
-        for subgroup in self._subgroups:
-            subgroup.grad_on_host = subgroup.updated_on_host = subgroup.flushed = None
+        # Events that an earlier prediction left on the subgroups are done: they hold nothing up.
         machine = VirtualMachine(self.rates.host_dram_bytes_per_s)
         lanes = self.rates.lanes(machine)
         run_update(
@@ -138,6 +137,7 @@ class Predictor:
         )
         params_ready = lanes.compute.mark()
         update_s = machine.run()
+        assert isinstance(params_ready, VirtualEvent)
         return Prediction(plan, update_s, params_ready.end_s, tuple(machine.events))
 
 

@@ -11,6 +11,7 @@ import torch
 
 from offload.accelerators import accelerator_for
 from offload.adam import AdamSubgroup, SliceUpdate
+from offload.controller import Controller, Decision, Measurement
 from offload.executor import run_update
 from offload.homes import Homes, first_plan, settle
 from offload.lanes import Lanes
@@ -20,16 +21,13 @@ from offload.layout import Packed
 from offload.ordering import check_ordering
 from offload.perf_model import Prediction, Rates, predict
 from offload.plan import Placement, Plan
-from offload.planner import best_plan
 from offload.policy import Policy
 from offload.pool import BudgetError, Budgets, MemoryBill, Pool, format_bytes
 from offload.subgroup import FLOAT32_BYTES, Subgroup
-from offload.timeline import Span
-from offload.timing import StepTimer, measured_rates
+from offload.timeline import Span, elapsed_s
+from offload.timing import StepTimer, work_of
 
 logger = logging.getLogger("offload")
-
-WARM_UP_STEPS = 1  # first touch of memory and compilation of kernels are not what later steps cost
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +38,7 @@ class Options:
     budgets: Budgets
     subgroup_numel: int | None
     num_slots: int | None
+    rates: Rates | None = None  # believed until measured, with "auto"
 
 
 def lanes_for(device: torch.device) -> Lanes:
@@ -68,11 +67,12 @@ class Runtime:
         self.actions: list[AdamSubgroup] = []
         self.homes = Homes()
         self.bill = MemoryBill()
-        self.rates: Rates | None = None
+        self.controller: Controller | None = None  # chooses plans, with "auto"
         self.spans: list[Span] = []
         self.time_next_step = False
         self._plan = Plan(())
-        self._warm_up_left: int | None = WARM_UP_STEPS if options.policy == "auto" else None  # None: nothing to measure
+        self._chooses = options.policy == "auto"
+        self._num_steps = 0
         self._broken: BaseException | None = None
         # Pinned memory and slots may go back only when no copy uses them; at exit the device's own teardown waits.
         weakref.finalize(self, _wait_for_copies, self.lanes).atexit = False
@@ -101,7 +101,8 @@ class Runtime:
         )
         bill = homes.bill(subgroups)
         bill.check(options.budgets)
-        plan = first_plan(options.policy, len(subgroups), homes)
+        controller = self._new_controller(subgroups, homes)
+        plan = first_plan(options.policy, len(subgroups), homes) if controller is None else controller.first_plan
         self._check_plan(plan, subgroups, homes)
 
         self.synchronize()
@@ -118,6 +119,7 @@ class Runtime:
         self.pool.set_slots(homes.num_slots, homes.slot_bytes(subgroups), streams)
         self.pool.set_stagings(homes.num_staging, homes.staging_bytes(subgroups))
         self.subgroups, self.homes, self.bill, self._plan = subgroups, homes, bill, plan
+        self.controller = controller
         self.actions += added_actions
         return added_actions
 
@@ -137,7 +139,7 @@ class Runtime:
         """
         self._check_plan(plan, self.subgroups, self.homes)
         self._plan = plan
-        self._warm_up_left = None
+        self._chooses = False
 
     def _check_plan(self, plan: Plan, subgroups: Sequence[Subgroup], homes: Homes) -> None:
         plan.validate(
@@ -153,16 +155,36 @@ class Runtime:
             )
         check_ordering([self._plan, plan, plan], subgroups)
 
-    def _replan(self) -> None:
-        """Choose the fastest plan at the rates just measured."""
-        self.rates = measured_rates(self.spans, self.subgroups)
-        if self.rates is None:
+    def _new_controller(self, subgroups: Sequence[Subgroup], homes: Homes) -> Controller | None:
+        """For "auto" on an accelerator. Parameters that join later start it anew, from the rates known by then."""
+        if self.options.policy != "auto" or self.accelerator is None or not homes.visitors:
+            return None
+        return Controller(subgroups, homes, self.rates or self.options.rates, first_step=self._num_steps)
+
+    @property
+    def rates(self) -> Rates | None:
+        """What the machine is believed to do; None before anything was measured or told."""
+        return None if self.controller is None else self.controller.rates
+
+    @property
+    def decisions(self) -> Sequence[Decision]:
+        """What was measured and decided so far, oldest first."""
+        return [] if self.controller is None else self.controller.decisions
+
+    def _observe(self, ran: Plan) -> None:
+        """Let the controller choose the next plan, from the spans of the step that ran."""
+        assert self.controller is not None
+        work = work_of(self.spans, self.subgroups)
+        decision = self.controller.observe(Measurement(self._num_steps - 1, work, elapsed_s(self.spans)), ran)
+        if decision is None or decision.plan == self._plan:
             return
-        best = best_plan(self.subgroups, self.rates, self.homes)
-        self._check_plan(best.plan, self.subgroups, self.homes)
-        self._plan = best.plan
-        num_device = sum(where is Placement.DEVICE for where in best.plan.placements.values())
-        logger.info("measured rates: %d of %d subgroups visit the device", num_device, len(self.subgroups))
+        self._check_plan(decision.plan, self.subgroups, self.homes)
+        self._plan = decision.plan
+        num_device = sum(where is Placement.DEVICE for where in decision.plan.placements.values())
+        logger.info(
+            "step %d: %s, %d of %d subgroups visit the device",
+            decision.measurement.step, decision.action, num_device, len(self.subgroups),
+        )  # fmt: skip
 
     # ---- steps
 
@@ -178,17 +200,17 @@ class Runtime:
             Exception: whatever failed in a lane, with its traceback.
         """
         self.check_usable()
-        replan = self._warm_up_left == 0
-        if self._warm_up_left is not None:
-            self._warm_up_left = None if replan else self._warm_up_left - 1
         idle = frozenset(range(len(self.subgroups))) - updates.keys()
+        # A step that leaves subgroups out says little about one that does not.
+        observed = self._chooses and not idle and self.controller is not None and self.controller.wants(self._num_steps)
+        plan = self._plan.without(idle)
         try:
-            timed = (replan or self.time_next_step) and self.accelerator is not None
+            timed = (observed or self.time_next_step) and self.accelerator is not None
             timer = StepTimer(self.lanes, self.device) if timed else None
             self.time_next_step = False
             for index, subgroup_updates in updates.items():
                 self.actions[index].begin_step(subgroup_updates)
-            run_update(self._plan.without(idle), self.subgroups, self.pool.slots, self.pool.stagings, self.lanes)
+            run_update(plan, self.subgroups, self.pool.slots, self.pool.stagings, self.lanes)
             if timer is not None:
                 timer.stop()
                 self.lanes.synchronize()
@@ -199,8 +221,9 @@ class Runtime:
         finally:
             for index in updates:
                 self.actions[index].end_step()
-        if replan:
-            self._replan()
+        self._num_steps += 1
+        if observed:
+            self._observe(plan)
 
     def synchronize(self) -> None:
         """Wait until nothing is in flight: parameters and states may be read and written by anyone afterwards."""

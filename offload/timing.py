@@ -10,10 +10,9 @@ import torch
 from offload.accelerators import accelerator_for
 from offload.lanes import Lanes
 from offload.lanes.accelerator import HostLane, StreamLane
-from offload.perf_model import Rates
 from offload.plan import OpKind
 from offload.subgroup import Subgroup
-from offload.timeline import Span
+from offload.timeline import Span, lanes_of
 
 _Stamp = torch.Event | float
 
@@ -52,18 +51,17 @@ class StepTimer:
         return stamp - self._origin_s
 
 
-def measured_rates(spans: Sequence[Span], subgroups: Sequence[Subgroup]) -> Rates | None:
-    """Rates of a step that has operations on both sides; None if a lane did nothing measurable."""
-    seconds: dict[OpKind, float] = defaultdict(float)
-    amounts: dict[OpKind, int] = defaultdict(int)
+def work_of(spans: Sequence[Span], subgroups: Sequence[Subgroup]) -> dict[str, tuple[float, float]]:
+    """By lane, what the operations in ``spans`` did (bytes copied, or parameters updated) and the seconds they took."""
+    amounts: dict[str, float] = defaultdict(float)
+    seconds: dict[str, float] = defaultdict(float)
     for span in spans:
         kind, subgroup = OpKind(span.name[0]), subgroups[int(span.name[1:].split("@")[0])]
-        seconds[kind] += span.end_s - span.start_s
-        copies_state = kind in (OpKind.PREFETCH, OpKind.FLUSH)
-        updates = kind in (OpKind.UPDATE_CPU, OpKind.UPDATE_GPU)
-        amounts[kind] += subgroup.numel if updates else subgroup.state_bytes if copies_state else subgroup.param_bytes
-    needed = (OpKind.PREFETCH, OpKind.FLUSH, OpKind.UPDATE_CPU, OpKind.UPDATE_GPU)
-    if any(seconds[kind] <= 0 for kind in needed):
-        return None
-    h2d, d2h, host, device = (amounts[kind] / seconds[kind] for kind in needed)
-    return Rates(h2d, d2h, host, device)
+        if kind in (OpKind.PREFETCH, OpKind.FLUSH):
+            amounts[span.lane] += subgroup.state_bytes
+        elif kind in (OpKind.GRAD_DOWN, OpKind.UPLOAD):
+            amounts[span.lane] += subgroup.param_bytes
+        else:
+            amounts[span.lane] += subgroup.numel
+        seconds[span.lane] += span.duration_s
+    return {lane: (amounts[lane], seconds[lane]) for lane in lanes_of(spans)}

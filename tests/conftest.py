@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import sys
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -19,10 +21,20 @@ def sim_device() -> ModuleType:
     return sim
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _sim_before_any_backward(request: pytest.FixtureRequest) -> None:
+    """Autograd starts its threads at the first backward, one for each device there is by then and none later."""
+    if any("sim_device" in getattr(item, "fixturenames", ()) for item in request.session.items):
+        with contextlib.suppress(RuntimeError):  # of the build: the tests that need the device say so
+            request.getfixturevalue("sim_device")
+
+
 @pytest.fixture
 def sim(sim_device: ModuleType) -> Iterator[ModuleType]:
     """The emulated device as every test may expect it: empty, "sync", 1 GiB, default rates, races and poison on."""
-    gc.collect()
+    if torch.accelerator.memory_allocated():
+        sys.last_value = sys.last_traceback = sys.last_exc = None  # which hold the tensors of a test that failed
+        gc.collect()
     sim_device.reset()
     yield sim_device
     torch.accelerator.synchronize()

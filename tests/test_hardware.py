@@ -65,12 +65,24 @@ def test_saved_profile_loads_equal(name: str, tmp_path: Path) -> None:
     assert hash(again) == hash(profile)
 
 
-def test_profile_of_the_published_tables_repeats_their_fit() -> None:
-    profile = HardwareProfile.load("dos-h100")
-    assert profile.host_update_params_per_s == 2.25e9
-    assert profile.h2d_bytes_per_s == profile.d2h_bytes_per_s == 44e9
-    # Their best stride with one set of device buffers, 1 + 24 U / B, was measured to be 2.
+@pytest.mark.parametrize("name", ["dos-h100", "dos-a100"])
+def test_profiles_of_the_published_tables_repeat_their_best_stride(name: str) -> None:
+    """With one set of device buffers, that is 1 + 24 U / B: 2 was measured on both."""
+    profile = HardwareProfile.load(name)
     assert round(1 + 24 * profile.host_update_params_per_s / profile.h2d_bytes_per_s) == 2
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_fewer_bytes_of_state_are_updated_no_slower(name: str) -> None:
+    profile = HardwareProfile.load(name)
+    rates = [profile.host_update_rate(state_format) for state_format in ("fp32", "split16", "bf16", "int8")]
+    assert rates[0] == profile.host_update_params_per_s
+    assert rates == sorted(rates)
+
+
+def test_ranks_at_work_share_the_node() -> None:
+    profile = HardwareProfile.load("h100-sxm-node")
+    assert [profile.share_of(num_ranks) for num_ranks in (8, 4, 1)] == [1, 2, 8]
 
 
 def test_describe_gives_each_number_its_source() -> None:
@@ -112,6 +124,17 @@ def test_profile_can_be_copied(copied: Any) -> None:
 # -- mistakes
 
 
+@pytest.mark.parametrize("num_ranks", [0, -1, 9])
+def test_more_ranks_than_a_node_holds(num_ranks: int) -> None:
+    with pytest.raises(ValueError, match=rf"num_ranks={num_ranks} is not between 1 and the 8 that share a node"):
+        HardwareProfile.load("h100-sxm-node").share_of(num_ranks)
+
+
+def test_unknown_state_format() -> None:
+    with pytest.raises(ValueError, match="state_format='fp8' is unknown; known are fp32, split16, bf16, int8"):
+        HardwareProfile.load("gh200").host_update_rate("fp8")
+
+
 def test_unknown_name() -> None:
     with pytest.raises(ValueError, match=r"no hardware profile 'h100'.*h100-sxm-node"):
         HardwareProfile.load("h100")
@@ -128,6 +151,8 @@ def test_unknown_name() -> None:
         ("device_update_params_per_s", True, "a number"),
         ("device_memory_bytes_per_s", None, "a number"),
         ("copy_latency_s", -1e-6, "0 or a positive finite number of seconds"),
+        ("backward_layer_latency_s", float("inf"), "0 or a positive finite number of seconds"),
+        ("host_bytes_per_h2d_byte", 0, "a positive finite number"),
         ("num_ranks_per_node", 1.5, "a whole number from 1 upward"),
         ("num_ranks_per_node", 0, "a whole number from 1 upward"),
         ("device_memory_bytes", 8e10, "a whole number from 1 upward"),

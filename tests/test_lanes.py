@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from offload.accelerators import Accelerator
 from offload.lanes import Lane, Lanes, Work
 from offload.lanes.accelerator import HostLane, StreamLane, accelerator_lanes
 from offload.lanes.inline import inline_lanes
@@ -28,8 +29,12 @@ def note(log: list[str], name: str) -> Work:
 # ---- the host lane
 
 
+def host_lane() -> HostLane:
+    return HostLane(Accelerator(torch.device("cpu")))  # the base class: a real device, whose host hooks do nothing
+
+
 def test_host_lane_runs_off_the_calling_thread_in_order() -> None:
-    lane, log, threads = HostLane(), [], set()
+    lane, log, threads = host_lane(), [], set()
     for i in range(20):
         event = lane.submit(note(log, str(i)))
         lane.submit(Work("thread", lambda: threads.add(threading.get_ident())))
@@ -41,7 +46,7 @@ def test_host_lane_runs_off_the_calling_thread_in_order() -> None:
 
 
 def test_host_lane_waits_for_its_events() -> None:
-    first, second = HostLane(), HostLane()
+    first, second = host_lane(), host_lane()
     gate, log = threading.Event(), []
     opened = first.submit(Work("gate", lambda: log.append("gate" if gate.wait(60) else "timeout")))
     done = second.submit(note(log, "after"), after=(None, opened))
@@ -54,7 +59,7 @@ def test_host_lane_waits_for_its_events() -> None:
 
 
 def test_error_surfaces_at_the_wait_with_its_traceback() -> None:
-    lane = HostLane()
+    lane = host_lane()
     event = lane.submit(Work("C0@0", explode))
     with pytest.raises(ArithmeticError, match="the update failed") as raised:
         event.synchronize()
@@ -62,7 +67,7 @@ def test_error_surfaces_at_the_wait_with_its_traceback() -> None:
 
 
 def test_nothing_runs_after_an_error() -> None:
-    lane, log = HostLane(), []
+    lane, log = host_lane(), []
     lane.submit(note(log, "before"))
     failed = lane.submit(Work("C0@0", explode))
     later = [lane.submit(note(log, "later")), lane.mark()]
@@ -79,7 +84,7 @@ def test_nothing_runs_after_an_error() -> None:
 
 
 def test_error_crosses_to_a_lane_that_waits() -> None:
-    first, second, log = HostLane(), HostLane(), []
+    first, second, log = host_lane(), host_lane(), []
     failed = first.submit(Work("C0@0", explode))
     second.submit(note(log, "needs it"), after=(failed,))
     with pytest.raises(ArithmeticError):
@@ -89,7 +94,7 @@ def test_error_crosses_to_a_lane_that_waits() -> None:
 
 def test_synchronizing_all_lanes_raises_a_workers_error() -> None:
     idle = inline_lanes().compute
-    lanes = Lanes(compute=idle, h2d=idle, d2h=idle, host=HostLane())
+    lanes = Lanes(compute=idle, h2d=idle, d2h=idle, host=host_lane())
     lanes.synchronize()
     lanes.host.submit(Work("C0@0", explode))
     with pytest.raises(ArithmeticError):

@@ -23,6 +23,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
             {"subgroup", "monitor", "timeline", "testing"},
             {"pool", "policy", "executor", "adam"},
             {"homes", "ordering", "layout", "masters", "perf_model"},
+            {"bounds", "phases"},
             {"planner", "timing", "optimizer_state", "updates"},
             {"runtime"},
             {"arguments", "explain"},

@@ -11,7 +11,7 @@ import pytest
 from offload.homes import Homes
 from offload.perf_model import Rates, predict
 from offload.plan import Placement, Plan, lower
-from offload.planner import MAX_CANDIDATES, best_plan
+from offload.planner import best_plan
 from offload.subgroup import Subgroup
 
 HOST, DEVICE, RESIDENT = Placement.HOST, Placement.DEVICE, Placement.RESIDENT
@@ -22,8 +22,8 @@ def equal_subgroups(num: int, numel: int = 1000) -> list[Subgroup]:
     return [Subgroup(i, numel, 2 * numel, 12 * numel) for i in range(num)]
 
 
-def visiting(num: int, num_slots: int = 2, residents: frozenset[int] = frozenset()) -> Homes:
-    return Homes(residents, frozenset(range(num)) - residents, num_slots, num_staging=2)
+def visiting(num: int, num_slots: int = 2, num_staging: int = 2) -> Homes:
+    return Homes(visitors=frozenset(range(num)), num_slots=num_slots, num_staging=num_staging)
 
 
 def update_s(text: str, rates: Rates, num_subgroups: int) -> float:
@@ -142,14 +142,14 @@ def test_no_plan_beats_the_bound_of_its_own_share(link: float, cores: float) -> 
             assert predict(plan, subgroups, rates).update_s >= split_bound_s(link, cores, num_device / NUM)
 
 
-@pytest.mark.xfail(reason="lower() lets uploads and gradients queue behind states: 1.18 to 1.52 times the bound")
 @pytest.mark.parametrize(("link", "cores"), MACHINES)
 def test_best_split_is_the_closed_form(link: float, cores: float) -> None:
     """x* = (B - 2U) / (B + 10U) and T = 12 N / (B + 10U), to the grain of subgroups and shares tried."""
     best_share = (link - 2 * cores) / (link + 10 * cores)
     bound_s = 12 * N / (link + 10 * cores)
     assert split_bound_s(link, cores, best_share) == pytest.approx(bound_s)
-    best = best_plan(equal_subgroups(NUM, NUMEL), machine(link, cores), visiting(NUM))
+    homes = visiting(NUM, num_slots=3, num_staging=8)  # enough that no lane waits for a buffer
+    best = best_plan(equal_subgroups(NUM, NUMEL), machine(link, cores), homes)
     share = sum(where is DEVICE for where in best.plan.placements.values()) / NUM
     assert bound_s <= best.update_s <= bound_s * (1 + FILL)
     assert share == pytest.approx(best_share, abs=FILL)
@@ -167,15 +167,15 @@ def test_best_plan_is_no_slower_than_either_side_alone(link: float, cores: float
 # ---- the search
 
 
-def test_search_finds_the_best_even_spread() -> None:
-    """Against every one of the 2^8 placements: no other way to place as many is faster by more than a subgroup."""
+def test_no_other_placement_is_faster() -> None:
+    """Against each of the 2^8 placements, lowered without rates."""
     subgroups, rates = equal_subgroups(8), Rates(30e9, 30e9, 2e9, 1e12)
     best = best_plan(subgroups, rates, visiting(8))
     times = [
         predict(lower(placements, num_slots=2, num_staging=2), subgroups, rates).update_s
         for placements in itertools.product((HOST, DEVICE), repeat=8)
     ]
-    assert min(times) <= best.update_s <= min(times) + 12 * 1000 / 30e9
+    assert best.update_s <= min(times)
 
 
 def test_ties_move_fewer_bytes() -> None:
@@ -190,7 +190,6 @@ def test_search_goes_from_none_to_all(num: int) -> None:
     subgroups = equal_subgroups(num)
     assert set(best_plan(subgroups, slow_cpu, visiting(num)).plan.placements.values()) == {DEVICE}
     assert set(best_plan(subgroups, slow_link, visiting(num)).plan.placements.values()) == {HOST}
-    assert MAX_CANDIDATES == 33  # the cases above stand on both sides of it
 
 
 def test_search_moves_only_who_may_visit() -> None:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import functools
 import gc
 import io
+import itertools
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import offload
 from offload import Placement, Static, Stride
@@ -40,6 +40,17 @@ SUBGROUP_NUMEL = 200
 PLANS: tuple[Any, ...] = ("auto", "host", "device", Stride(2), Stride(3), Static(0.4))
 
 
+def spread_dtypes(*others: tuple[Any, ...]) -> list[Any]:
+    """All combinations of ``others`` with all dtypes: each with one dtype by default, with the rest in slow tests."""
+    cases = []
+    for rank, combination in enumerate(itertools.product(*others)):
+        for i, dtype in enumerate(DTYPES):
+            marks = [] if (rank + rank // 3) % 3 == i else [pytest.mark.slow]
+            name = "-".join(map(str, (*combination, dtype)))
+            cases.append(pytest.param(*combination, dtype, marks=marks, id=name.replace("torch.", "")))
+    return cases
+
+
 @functools.cache
 def reference(dtype: torch.dtype = torch.float32) -> Trained:
     """The same training with parameters on the CPU: tests/test_bits.py holds that against torch's."""
@@ -47,24 +58,25 @@ def reference(dtype: torch.dtype = torch.float32) -> Trained:
     return train(model, offload.AdamW(model.parameters(), plan="host", **HYPER))
 
 
-def on_sim(plan: Any = "auto", dtype: torch.dtype = torch.float32, **kwargs: Any) -> tuple[nn.Sequential, offload.AdamW]:
+def on_sim(
+    plan: Any = "auto", dtype: torch.dtype = torch.float32, **kwargs: Any
+) -> tuple[nn.Sequential, offload.AdamW]:
     model = mlp(ODD_WIDTHS, dtype=dtype, device="sim")
     kwargs = {"plan": plan, "subgroup_numel": SUBGROUP_NUMEL, **HYPER, **kwargs}
     return model, offload.AdamW(model.parameters(), **kwargs)
 
 
-def quarter_resident(model: nn.Module) -> int:
-    """A device budget that holds two slots and about a quarter of the state."""
-    numel = [p.numel() for p in model.parameters()]
-    return 12 * (sum(numel) // 4 + 2 * max(numel) + 100)
+def budget_for_two_residents() -> int:
+    """Device bytes for two slots and the state of the last two subgroups."""
+    optimizer = offload.AdamW(mlp(ODD_WIDTHS).parameters(), subgroup_numel=SUBGROUP_NUMEL)
+    sizes = [subgroup.state_bytes for subgroup in optimizer.runtime.subgroups]
+    return 2 * max(sizes) + sum(sizes[-2:])
 
 
 # ---- the same bits in every order
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("executor", EXECUTORS)
-@pytest.mark.parametrize("plan", PLANS, ids=str)
+@pytest.mark.parametrize(("plan", "executor", "dtype"), spread_dtypes(PLANS, EXECUTORS))
 def test_plans_give_the_cpus_bits(sim: ModuleType, plan: Any, executor: str, dtype: torch.dtype) -> None:
     sim.configure(executor, seed=len(str(plan)))
     model, optimizer = on_sim(plan, dtype)
@@ -73,16 +85,13 @@ def test_plans_give_the_cpus_bits(sim: ModuleType, plan: Any, executor: str, dty
     assert sim.races() == []
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("executor", "seed"), [("sync", 0), ("lazy", 1), ("eager", 2), *(("random", s) for s in range(4))])
+@pytest.mark.parametrize(("executor", "seed", "dtype"), spread_dtypes(("lazy", "eager", "random"), (0, 1, 2)))
 def test_placements_may_change_every_step(sim: ModuleType, executor: str, seed: int, dtype: torch.dtype) -> None:
     """Also with some states resident on the device, and more orders than any fixed plan has."""
     sim.configure(executor, seed=seed)
-    budget = quarter_resident(mlp(ODD_WIDTHS))
-    model, optimizer = on_sim("auto", dtype, device_budget=budget)
+    model, optimizer = on_sim("auto", dtype, device_budget=budget_for_two_residents())
     homes = optimizer.runtime.homes
-    assert homes.residents
-    assert homes.visitors
+    assert (len(homes.residents), len(homes.visitors)) == (2, 4)
     assert_same_bits(train(model, optimizer, before_step=replan_every_step(optimizer, seed)), reference(dtype))
     optimizer.synchronize()
     assert sim.races() == []
@@ -156,37 +165,33 @@ def test_gradients_that_are_not_contiguous(sim: ModuleType, executor: str) -> No
 # ---- clipping and loss scaling
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_clipping_gives_the_cpus_bits(sim: ModuleType, executor: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("plan", "executor", "dtype"), spread_dtypes(("host", "device", Static(0.4)), EXECUTORS))
+def test_clipping_gives_the_cpus_bits(sim: ModuleType, plan: Any, executor: str, dtype: torch.dtype) -> None:
     sim.configure(executor)
     results = []
-    for device, plan in (("cpu", "host"), ("sim", "host"), ("sim", "device"), ("sim", Stride(2)), ("sim", Static(0.4))):
+    for device in ("cpu", "sim"):
         model = mlp(ODD_WIDTHS, dtype=dtype, device=device)
         optimizer = offload.AdamW(model.parameters(), plan=plan, subgroup_numel=SUBGROUP_NUMEL, **HYPER)
         norms: list[torch.Tensor] = []
         trained = train(
             model,
             optimizer,
+            steps=range(6),
             before_step=lambda step, o=optimizer, norms=norms: norms.append(o.clip_grad_norm_(0.05)),  # type: ignore[misc]
         )
         results.append((trained, [norm.cpu() for norm in norms]))
-        assert sim.races() == []
-    for result in results[1:]:
-        assert_same_bits(result, results[0])
+    assert_same_bits(*results)
+    assert sim.races() == []
 
 
-@pytest.mark.parametrize("executor", ["sync", "lazy", "random"])
+@pytest.mark.parametrize("executor", ["lazy", "random"])
 def test_grad_scaler_with_float16_autocast(sim: ModuleType, executor: str) -> None:
-    """Scaled gradients overflow at first: those steps are skipped, the others equal torch's optimizer."""
+    """Scaled gradients overflow at first: the scaler skips those steps, and every plan sees the same gradients."""
     sim.configure(executor)
     results = []
-    for ours in (True, False):
+    for plan in ("host", Stride(2)):
         model = mlp(device="sim")
-        if ours:
-            optimizer: Any = offload.AdamW(model.parameters(), plan=Stride(2), subgroup_numel=SUBGROUP_NUMEL)
-        else:
-            optimizer = offload.AdamW(model.parameters(), plan="host")
+        optimizer = offload.AdamW(model.parameters(), plan=plan, subgroup_numel=SUBGROUP_NUMEL)
         scaler = torch.amp.GradScaler("sim", init_scale=2.0**24, growth_interval=4)
         scales = []
         for step in range(NUM_STEPS):
@@ -214,7 +219,7 @@ def test_nonfinite_gradients_change_nothing(sim: ModuleType, executor: str) -> N
     before = snapshot(model), state_snapshot(optimizer)
     loss_of(model, 3).backward()
     model[0].weight.grad[1, 2] = float("inf")
-    with pytest.raises(offload.NonFiniteGradientError, match="1 of 8 gradients"):
+    with pytest.raises(offload.NonFiniteGradientError, match="1 of 12 gradients"):
         optimizer.step()
     assert_same_bits((snapshot(model), state_snapshot(optimizer)), before)
 
@@ -337,18 +342,6 @@ def test_the_bill_is_what_is_allocated(sim: ModuleType) -> None:
     assert torch.accelerator.memory_allocated() == allocated
 
 
-class ScalarReads(TorchDispatchMode):
-    """Counts values that the host reads from the device, each a wait for all that was enqueued before."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == "sim"
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("plan", ["device", Static(1.0), "host", Stride(2)], ids=str)
 def test_the_host_waits_only_for_what_is_documented(sim: ModuleType, plan: Any, clip: bool) -> None:
@@ -357,13 +350,12 @@ def test_the_host_waits_only_for_what_is_documented(sim: ModuleType, plan: Any, 
     model, optimizer = on_sim(plan)
     train(model, optimizer, steps=range(2))
     loss_of(model, 2).backward()
-    _, num_waiting = sim.counts()
-    with ScalarReads() as reads:
-        if clip:
-            optimizer.clip_grad_norm_(1.0)
-        optimizer.step()
-    assert reads.count == 1 + clip
-    assert sim.counts()[1] == num_waiting
+    _, num_waits_before = sim.counts()
+    if clip:
+        optimizer.clip_grad_norm_(1.0)
+    optimizer.step()
+    _, num_waits = sim.counts()
+    assert num_waits - num_waits_before == 1 + clip
 
 
 # ---- errors
@@ -406,11 +398,13 @@ def test_frozen_parameters_may_be_elsewhere(sim: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
-def test_an_error_in_the_worker_surfaces_and_breaks_the_optimizer(
-    sim: ModuleType, executor: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("plan", "operation"), [("host", "update_cpu"), ("device", "update_gpu")])
+def test_an_error_inside_a_lane_surfaces_and_breaks_the_optimizer(
+    sim: ModuleType, plan: str, operation: str, executor: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The original error with its traceback, from the worker thread too; then no step that would make it worse."""
     sim.configure(executor)
-    model, optimizer = on_sim(Stride(2))
+    model, optimizer = on_sim(plan)
     train(model, optimizer, steps=range(2))
     loss_of(model, 2).backward()
 
@@ -421,9 +415,9 @@ def test_an_error_in_the_worker_surfaces_and_breaks_the_optimizer(
         patch.setattr("offload.adam.adam_step", fail)
         with pytest.raises(ArithmeticError, match="the kernel gave up") as caught:
             optimizer.step()
-    assert any(entry.name == "update_cpu" for entry in caught.traceback) or executor
+    assert operation in [entry.name for entry in caught.traceback]
     for use in (optimizer.step, optimizer.synchronize, optimizer.state_dict, lambda: optimizer.load_state_dict({})):
-        with pytest.raises(RuntimeError, match="this optimizer is broken: .* load the last checkpoint") as broken:
+        with pytest.raises(RuntimeError, match=r"this optimizer is broken: .* load the last checkpoint") as broken:
             use()
         assert broken.value.__cause__ is caught.value
 
@@ -437,8 +431,8 @@ def test_device_memory_runs_out_when_a_group_joins(sim: ModuleType) -> None:
     with pytest.raises(torch.OutOfMemoryError):
         optimizer.add_param_group({"params": newcomer})
     assert len(optimizer.param_groups) == 1
-    assert "8 subgroups" not in optimizer.explain() or optimizer.runtime.actions
+    assert "6 subgroups" in optimizer.explain()
     train(model, optimizer, steps=range(4, 6))
     optimizer.add_param_group({"params": nn.Parameter(torch.zeros(64, device="sim"))})
     train(model, optimizer, steps=range(6, NUM_STEPS))
-    assert_same_bits({k: v for k, v in snapshot(model).items()}, reference().params)
+    assert_same_bits(snapshot(model), reference().params)

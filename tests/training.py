@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from offload import Placement, Plan
 NUM_STEPS = 20
 BATCH = 8
 WIDTHS = (16, 32, 48, 32, 16)  # every parameter's numel is a multiple of 16: see tests/test_bits.py
-ODD_WIDTHS = (5, 33, 17, 29, 3)
+ODD_WIDTHS = (5, 33, 17, 29, 23, 19, 3)
 
 
 def mlp(
@@ -24,7 +25,7 @@ def mlp(
     """Linear layers with tanh between; the same values on every device."""
     torch.manual_seed(seed)
     layers: list[nn.Module] = []
-    for num_in, num_out in zip(widths, widths[1:], strict=False):
+    for num_in, num_out in itertools.pairwise(widths):
         layers += [nn.Linear(num_in, num_out), nn.Tanh()]
     return nn.Sequential(*layers[:-1]).to(device=device, dtype=dtype)
 

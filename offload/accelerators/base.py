@@ -74,12 +74,12 @@ class Accelerator:
         To be called by the thread that does the work, after it has waited for the events the work depends on.
         """
 
+    def charge_host_time(self, seconds: float, name: str = "host work") -> None:
+        """Advance the virtual clock of the calling thread: work called ``name`` took ``seconds``."""
+
     def host_time_s(self) -> float:
         """The clock that work of the host is timed with, in seconds from an arbitrary start."""
         return time.perf_counter()
-
-    def charge_host_time(self, seconds: float, name: str = "host work") -> None:
-        """Advance the virtual clock of the calling thread: work called ``name`` took ``seconds``."""
 
     def own_host_clock(self) -> None:
         """Give the calling thread, a worker, a clock apart from the process's: what it does overlaps with the rest.

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+from torch.utils import backend_registration
 
 from offload.accelerators.base import Accelerator
 from offload.accelerators.sim_build import load_extension
@@ -74,6 +75,7 @@ class _DeviceModule:
 
     Stream = torch.Stream
     Event = torch.Event
+    _initialized = True  # torch.utils.checkpoint then keeps the device's random state
 
     class device:  # noqa: N801 - torch's name
         """Context of the one device there is."""
@@ -140,9 +142,9 @@ def load() -> None:
     if name not in ("privateuseone", "sim"):
         raise RuntimeError(f"torch already has device {name!r} in the one place for such devices: use another process")
     _extension = load_extension()
-    torch.utils.rename_privateuse1_backend("sim")
-    torch._register_device_module("sim", _DeviceModule())
-    torch.utils.generate_methods_for_privateuse1_backend(for_storage=True)
+    backend_registration.rename_privateuse1_backend("sim")
+    torch._register_device_module("sim", _DeviceModule())  # type: ignore[no-untyped-call]
+    backend_registration.generate_methods_for_privateuse1_backend(for_storage=True)
 
 
 def configure(
@@ -273,11 +275,11 @@ class SimAccelerator(Accelerator):
         for tensor in writes:
             host_access(tensor, write=True, name=name)
 
-    def host_time_s(self) -> float:
-        return host_time_s()
-
     def charge_host_time(self, seconds: float, name: str = "host work") -> None:
         host_charge(seconds, name)
+
+    def host_time_s(self) -> float:
+        return host_time_s()
 
     def own_host_clock(self) -> None:
         own_host_clock()

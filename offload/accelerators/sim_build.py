@@ -9,6 +9,7 @@ import importlib.util
 import logging
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 _MODULE = "offload_sim"
 _SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "sim"
-# Headers, not our code, take the time to compile; optimising more makes the device no faster.
+# torch's headers take the time to compile, not our code: optimising more makes the device no faster.
 _FLAGS = ["-O1", "-g0", "-DAT_PER_OPERATOR_HEADERS"]
 
 
@@ -71,7 +72,7 @@ def _source_files() -> list[Path]:
 
 @contextmanager
 def _exclusive(path: Path) -> Iterator[None]:
-    """One builder at a time. The kernel drops the lock with its holder, so a killed build leaves nothing to wait for."""
+    """One builder at a time. The lock goes with its holder: a killed build leaves nothing to wait for."""
     with path.open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -86,21 +87,36 @@ def _build(sources: list[Path], directory: Path) -> None:
 
     # torch's own lock is a plain file that a killed build leaves behind, for the next one to wait on for ever.
     (directory / "lock").unlink(missing_ok=True)
+    # One translation unit: each of its own would read torch's headers again, and take three times as long together.
+    unity = directory / f"{_MODULE}.cpp"
+    unity.write_text("".join(f'#include "{path.name}"\n' for path in sources if path.suffix == ".cpp"))
     logger.warning("building the emulated device in %s, once: this takes about a minute", directory)
     try:
-        cpp_extension.load(
-            _MODULE,
-            [str(path) for path in sources if path.suffix == ".cpp"],
-            extra_cflags=_FLAGS,
-            build_directory=str(directory),
-            is_python_module=True,
-        )
-    except (RuntimeError, ImportError, OSError) as error:
+        with _scripts_on_path():
+            cpp_extension.load(
+                _MODULE,
+                [str(unity)],
+                extra_cflags=_FLAGS,
+                extra_include_paths=[str(_SOURCES)],
+                build_directory=str(directory),
+            )
+    except (RuntimeError, ImportError, OSError, subprocess.SubprocessError) as error:
         raise RuntimeError(
             f"the emulated device could not be built: {error}\n"
-            "It needs a C++17 compiler (g++ or clang++, CXX names another), Python's headers and ninja "
+            "It needs a C++ compiler that this torch supports (CXX names it), Python's headers and ninja "
             f"(pip install ninja). To start from nothing, remove {directory}"
         ) from error
+
+
+@contextmanager
+def _scripts_on_path() -> Iterator[None]:
+    """Finds the ninja of a virtual environment that was not activated."""
+    path = os.environ.get("PATH", "")
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), path])
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = path
 
 
 def _import(library: Path) -> ModuleType:

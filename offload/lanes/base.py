@@ -16,8 +16,8 @@ class Work:
     """One piece of work for a lane.
 
     ``run`` does it (on a stream lane: enqueues it). The rest describes it to lanes that do not run anything:
-    ``num_bytes`` cross the link, ``numel`` parameters are updated, ``host_bytes`` of host memory are read and written by
-    the CPU, and ``reads`` / ``writes`` name the buffers touched, by names that are equal for the same buffer.
+    ``num_bytes`` cross the link, ``numel`` parameters are updated, ``host_bytes`` are read and written in host memory
+    by the CPU, and ``reads`` / ``writes`` name the buffers touched, by names that are equal for the same buffer.
     """
 
     name: str

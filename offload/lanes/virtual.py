@@ -16,6 +16,7 @@ whatever it submits afterwards, on whatever lane, starts no earlier. Each rank h
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -50,6 +51,7 @@ class VirtualEvent:
     """One piece of work, and the event of its end. ``start_s`` and ``end_s`` are NaN until the machine has run."""
 
     lane: VirtualLane
+    stream: _Stream
     name: str
     seconds: float
     host_bytes_per_s: float
@@ -57,7 +59,8 @@ class VirtualEvent:
     start_s: float = math.nan
     end_s: float = math.nan
     done: bool = False
-    speed: float = 1.0  # while it runs: 1 is alone
+    link_speed: float = 1.0  # as the link's other direction allows; 1 is alone
+    speed: float = 1.0  # as host memory allows too
 
     def synchronize(self) -> None:
         self.lane.thread.wait(self)
@@ -77,8 +80,8 @@ class VirtualThread:
 class _Stream:
     """Work in order, one piece at a time, and the stream it shares a link with."""
 
-    events: list[VirtualEvent] = field(default_factory=list)
-    num_started: int = 0
+    waiting: deque[VirtualEvent] = field(default_factory=deque)
+    last: VirtualEvent | None = None  # submitted
     running: VirtualEvent | None = None
     opposite: _Stream | None = None
     duplex_speed: float = 1.0  # while the opposite stream runs too
@@ -94,22 +97,23 @@ class VirtualLane:
         self._num_seen = 0  # of what the thread waited for
 
     def submit(self, work: Work, after: Iterable[Event | None] = ()) -> Event:
-        needed, self._waits = self._waits, []
+        needed, thread = self._waits, self.thread
+        self._waits = []
         for event in after:
             if event is not None:
                 assert isinstance(event, VirtualEvent)
                 if event.lane.name == "host" and self.name != "host":
-                    self.thread.wait(event)
-                else:
+                    thread.wait(event)
+                elif not event.done:
                     needed.append(event)
-        if self._num_seen < len(self.thread.waited_for):
-            needed += self.thread.waited_for[self._num_seen :]
-            self._num_seen = len(self.thread.waited_for)
-        cost = self._cost
-        seconds = work.seconds if isinstance(work, TimedWork) else cost.seconds(work)
-        host_bytes_per_s = cost.host_bytes(work) / seconds if seconds else 0.0
-        submitted = VirtualEvent(self, work.name, seconds, host_bytes_per_s, needed)
-        self._stream.events.append(submitted)
+        if self._num_seen < len(thread.waited_for):
+            needed += thread.waited_for[self._num_seen :]
+            self._num_seen = len(thread.waited_for)
+        seconds = work.seconds if isinstance(work, TimedWork) else self._cost.seconds(work)
+        host_bytes_per_s = self._cost.host_bytes(work) / seconds if seconds else 0.0
+        submitted = VirtualEvent(self, self._stream, work.name, seconds, host_bytes_per_s, needed)
+        self._stream.waiting.append(submitted)
+        self._stream.last = submitted
         return submitted
 
     def wait(self, event: Event) -> None:
@@ -119,8 +123,7 @@ class VirtualLane:
     def mark(self) -> Event:
         if self._waits:
             return self.submit(TimedWork(MARK))
-        events = self._stream.events
-        return events[-1] if events else VirtualEvent(self, MARK, 0.0, 0.0, [], 0.0, 0.0, done=True)
+        return self._stream.last or VirtualEvent(self, self._stream, MARK, 0.0, 0.0, [], 0.0, 0.0, done=True)
 
 
 class VirtualMachine:
@@ -173,23 +176,25 @@ class VirtualMachine:
                     still_running.append(event)
                 else:
                     event.done = True
-                    event.lane._stream.running = None
+                    event.stream.running = None
             running = still_running
+        assert not any(stream.waiting for stream in self._streams), "work waits for itself"
         return self.now_s
 
     def _start(self, running: list[VirtualEvent]) -> bool:
         """Start the next work of each idle stream whose events are done; True if some took no time at all."""
-        again = False
+        again, now_s = False, self.now_s
         for stream in self._streams:
-            if stream.running is not None or stream.num_started == len(stream.events):
+            if stream.running is not None or not stream.waiting:
                 continue
-            event = stream.events[stream.num_started]
+            event = stream.waiting[0]
             for needed in event.after:
                 if not needed.done:
                     break
             else:
-                stream.num_started += 1
-                event.start_s, event.end_s = self.now_s, self.now_s + event.seconds
+                stream.waiting.popleft()
+                event.after = []  # they may be forgotten
+                event.start_s, event.end_s = now_s, now_s + event.seconds
                 self.events.append(event)
                 if event.seconds:
                     stream.running = event
@@ -200,17 +205,14 @@ class VirtualMachine:
 
     def _share(self, running: list[VirtualEvent]) -> None:
         """Give each piece of running work its speed from now on, and the end that follows from it."""
-        speeds, asked = [], 0.0
+        asked = 0.0  # bytes/s of host memory
         for event in running:
-            stream = event.lane._stream
-            busy = stream.opposite is not None and stream.opposite.running is not None
-            speed = stream.duplex_speed if busy else 1.0
-            asked += speed * event.host_bytes_per_s
-            speeds.append(speed)
+            opposite = event.stream.opposite
+            event.link_speed = 1.0 if opposite is None or opposite.running is None else event.stream.duplex_speed
+            asked += event.link_speed * event.host_bytes_per_s
         squeeze = min(1.0, self._host_bytes_per_s / asked) if asked else 1.0
-        for event, speed in zip(running, speeds, strict=True):
-            if event.host_bytes_per_s:
-                speed *= squeeze
+        for event in running:
+            speed = event.link_speed * squeeze if event.host_bytes_per_s else event.link_speed
             if speed != event.speed:
                 event.end_s = self.now_s + (event.end_s - self.now_s) * event.speed / speed
                 event.speed = speed

@@ -1,0 +1,245 @@
+#include "memory.h"
+
+#include <c10/util/Exception.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstring>
+#include <iterator>
+
+namespace sim {
+namespace {
+
+constexpr size_t kBlockBytes = 512;       // sizes are rounded up to it, as CUDA's allocator does
+constexpr size_t kAdviseBytes = 1 << 20;  // released blocks from this size on give their pages back
+constexpr size_t kInitialCapacity = 1 << 30;
+constexpr int kNanByte = 0xff;  // NaN in every floating point format, once repeated
+
+char* map_pages(size_t num_bytes, int protection) {
+  void* pages = mmap(nullptr, num_bytes, protection, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  TORCH_CHECK(pages != MAP_FAILED, "sim: cannot reserve ", num_bytes,
+              " bytes of address space for device memory; configure a smaller capacity");
+  return static_cast<char*>(pages);
+}
+
+template <class F>
+void for_byte_stats(DeviceMemory::Stats& stats, F apply) {
+  for (auto* group :
+       {&stats.allocated_bytes, &stats.reserved_bytes, &stats.active_bytes, &stats.requested_bytes, &stats.allocation})
+    for (auto& stat : *group) apply(stat);
+}
+
+}  // namespace
+
+DeviceMemory& device_memory() {
+  static DeviceMemory* memory = new DeviceMemory(kInitialCapacity);  // never destroyed: tensors may outlive statics
+  return *memory;
+}
+
+DeviceMemory::DeviceMemory(size_t capacity_bytes) { map(capacity_bytes); }
+
+void DeviceMemory::map(size_t capacity_bytes) {
+  char* guard = map_pages(capacity_bytes, PROT_NONE);
+  char* backing = map_pages(capacity_bytes, PROT_READ | PROT_WRITE);
+  if (guard_) {
+    munmap(guard_, capacity_);
+    munmap(backing_, capacity_);
+  }
+  guard_ = guard;
+  backing_ = backing;
+  capacity_ = capacity_bytes;
+  unused_ = {{0, capacity_bytes}};
+}
+
+void DeviceMemory::set_capacity(size_t capacity_bytes) {
+  release_cached();
+  Runtime::Lock lock;
+  TORCH_CHECK(live_.empty() && pending_.empty(), "sim: capacity can only change while nothing is allocated");
+  map(capacity_bytes);
+  stats_ = {};
+}
+
+char* DeviceMemory::bytes_of(const void* pointer) const {
+  return owns(pointer) ? backing_ + offset(pointer) : static_cast<char*>(const_cast<void*>(pointer));
+}
+
+// ---- allocating
+
+void* DeviceMemory::allocate(size_t num_bytes, int stream) {
+  if (num_bytes == 0) return nullptr;
+  const size_t size = (num_bytes + kBlockBytes - 1) / kBlockBytes * kBlockBytes;
+  size_t offset = 0;
+  auto take = [&] {
+    Runtime::Lock lock;
+    reclaim_pending();
+    if (!take_cached(size, stream, offset) && !take_unused(size, offset)) return false;
+    stats_.allocated_bytes[0].increase(size);
+    stats_.active_bytes[0].increase(size);
+    stats_.requested_bytes[0].increase(num_bytes);
+    stats_.allocation[0].increase(1);
+    live_[offset] = Block{offset, size, num_bytes, stream, {}};
+    return true;
+  };
+  if (!take()) {
+    stats_.num_alloc_retries++;
+    release_cached();  // waits for the device, so without the lock
+    if (!take()) throw_out_of_memory(num_bytes);
+  }
+  return guard_ + offset;
+}
+
+bool DeviceMemory::take_cached(size_t size, int stream, size_t& offset) {
+  auto& cached = cached_[stream];
+  auto found = cached.lower_bound(size);
+  if (found == cached.end()) return false;
+  const size_t found_size = found->first;
+  offset = found->second;
+  cached.erase(found);
+  if (found_size > size) cached.emplace(found_size - size, offset + size);
+  return true;
+}
+
+bool DeviceMemory::take_unused(size_t size, size_t& offset) {
+  auto found = std::find_if(unused_.begin(), unused_.end(), [&](auto& hole) { return hole.second >= size; });
+  if (found == unused_.end()) return false;
+  const size_t found_size = found->second;
+  offset = found->first;
+  unused_.erase(found);
+  if (found_size > size) unused_[offset + size] = found_size - size;
+  stats_.reserved_bytes[0].increase(size);
+  stats_.num_device_alloc++;
+  // At once, not in stream order: nothing else uses these bytes, so any stream may have them first.
+  if (Runtime::get().poisons()) std::memset(backing_ + offset, kNanByte, size);
+  return true;
+}
+
+void DeviceMemory::throw_out_of_memory(size_t num_bytes) {
+  Runtime::Lock lock;
+  stats_.num_ooms++;
+  size_t largest = 0;
+  for (auto& [offset, size] : unused_) largest = std::max(largest, size);
+  TORCH_CHECK_WITH(OutOfMemoryError, false, "sim out of memory. Tried to allocate ", num_bytes,
+                   " bytes. Device 0 has a total capacity of ", capacity_, " bytes of which ",
+                   capacity_ - stats_.reserved_bytes[0].current, " are free, at most ", largest,
+                   " of them in one piece; tensors hold ", stats_.allocated_bytes[0].current, " bytes.");
+}
+
+// ---- freeing
+
+void DeviceMemory::free(void* pointer) {
+  if (!pointer) return;
+  Runtime::Lock lock;
+  auto found = live_.find(offset(pointer));
+  if (found == live_.end()) return;
+  Block block = std::move(found->second);
+  live_.erase(found);
+  stats_.allocated_bytes[0].decrease(block.size);
+  stats_.requested_bytes[0].decrease(block.requested);
+  stats_.allocation[0].decrease(1);
+  if (block.other_streams.empty()) return recycle(block);
+  std::vector<EventPtr> uses;
+  for (int stream : block.other_streams) uses.push_back(Runtime::get().record(Runtime::get().stream(stream)));
+  pending_.push_back({std::move(block), std::move(uses)});
+}
+
+// Its history stays known to the race detector: that is how a missing record_stream is found, at the latest when the
+// next owner writes, at once if freed memory is filled with NaN.
+void DeviceMemory::recycle(const Block& block) {
+  if (Runtime::get().poisons()) fill_with_nan(block);
+  cached_[block.stream].emplace(block.size, block.offset);
+  stats_.active_bytes[0].decrease(block.size);
+}
+
+void DeviceMemory::reclaim_pending() {
+  auto is_over = [](const Pending& pending) {
+    return std::all_of(pending.uses.begin(), pending.uses.end(), [](auto& event) { return event->is_done; });
+  };
+  auto first_over = std::stable_partition(pending_.begin(), pending_.end(), [&](auto& p) { return !is_over(p); });
+  for (auto it = first_over; it != pending_.end(); ++it) {
+    // The allocator has seen all uses end: whoever comes next is ordered after them, though no event says so.
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(guard_) + it->block.offset;
+    Runtime::get().forget_accesses(begin, begin + it->block.size);
+    recycle(it->block);
+  }
+  pending_.erase(first_over, pending_.end());
+}
+
+void DeviceMemory::record_use(const void* pointer, int stream) {
+  Runtime::Lock lock;
+  auto found = live_.find(offset(pointer));
+  if (found != live_.end() && found->second.stream != stream) found->second.other_streams.insert(stream);
+}
+
+// In stream order, as the next owner's first kernel would write it.
+void DeviceMemory::fill_with_nan(const Block& block) {
+  static const NameId kFree = intern("free");
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(guard_) + block.offset;
+  Operation operation;
+  operation.name = kFree;
+  operation.run = [bytes = backing_ + block.offset, size = block.size] { std::memset(bytes, kNanByte, size); };
+  operation.accesses = {{begin, begin + block.size, true}};
+  operation.is_bookkeeping = true;
+  auto& runtime = Runtime::get();
+  runtime.enqueue(runtime.stream(block.stream), std::move(operation));
+}
+
+void DeviceMemory::release_cached() {
+  Runtime::get().synchronize();
+  Runtime::Lock lock;
+  reclaim_pending();
+  release_cached_blocks();
+}
+
+void DeviceMemory::release_cached_blocks() {
+  for (auto& [stream, cached] : cached_)
+    for (auto& [size, offset] : cached) {
+      give_back_unused(offset, size);
+      stats_.reserved_bytes[0].decrease(size);
+      stats_.num_device_free++;
+      if (size >= kAdviseBytes) madvise(backing_ + offset, size, MADV_DONTNEED);
+    }
+  cached_.clear();
+}
+
+void DeviceMemory::give_back_unused(size_t offset, size_t size) {
+  auto hole = unused_.emplace(offset, size).first;
+  auto next = std::next(hole);
+  if (next != unused_.end() && offset + size == next->first) {
+    hole->second += next->second;
+    unused_.erase(next);
+  }
+  if (hole == unused_.begin()) return;
+  auto previous = std::prev(hole);
+  if (previous->first + previous->second != offset) return;
+  previous->second += hole->second;
+  unused_.erase(hole);
+}
+
+// ---- statistics
+
+DeviceMemory::Stats DeviceMemory::stats() {
+  Runtime::Lock lock;
+  return stats_;
+}
+
+void DeviceMemory::reset_peak_stats() {
+  Runtime::Lock lock;
+  for_byte_stats(stats_, [](auto& stat) { stat.reset_peak(); });
+}
+
+void DeviceMemory::reset_accumulated_stats() {
+  Runtime::Lock lock;
+  for_byte_stats(stats_, [](auto& stat) { stat.reset_accumulated(); });
+}
+
+size_t DeviceMemory::free_bytes() {
+  Runtime::Lock lock;
+  return capacity_ - stats_.reserved_bytes[0].current;
+}
+
+size_t DeviceMemory::live_bytes() {
+  Runtime::Lock lock;
+  return stats_.allocated_bytes[0].current;
+}
+
+}  // namespace sim

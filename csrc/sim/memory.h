@@ -1,0 +1,78 @@
+// Device memory: an address range that nothing on the host can touch, and its blocks.
+//
+// Pointers point into `guard_`, which is mapped without any access, so host code that follows one dies at once. The
+// bytes are at the same offset in `backing_`, which only operations of the device know. Untouched pages cost nothing,
+// so the capacity may exceed what the machine has.
+//
+// Blocks are reused as CUDA's caching allocator does: at once by the stream they were allocated on, and only after
+// events on the other streams that record_stream named. The lock is the runtime's.
+#pragma once
+#include <c10/core/CachingDeviceAllocator.h>
+
+#include <cstddef>
+#include <map>
+#include <set>
+#include <unordered_map>
+#include <vector>
+
+#include "runtime.h"
+
+namespace sim {
+
+class DeviceMemory {
+ public:
+  using Stats = c10::CachingDeviceAllocator::DeviceStats;
+
+  explicit DeviceMemory(size_t capacity_bytes);
+  void set_capacity(size_t capacity_bytes);  // with nothing allocated
+  size_t capacity() const { return capacity_; }
+  size_t live_bytes();
+
+  bool owns(const void* pointer) const { return pointer >= guard_ && pointer < guard_ + capacity_; }
+  size_t offset(const void* pointer) const { return static_cast<const char*>(pointer) - guard_; }
+  // The bytes behind a device pointer; other pointers as they are.
+  char* bytes_of(const void* pointer) const;
+
+  void* allocate(size_t num_bytes, int stream);  // throws c10::OutOfMemoryError
+  void free(void* pointer);
+  void record_use(const void* pointer, int stream);
+  void release_cached();
+  Stats stats();
+  void reset_peak_stats();
+  void reset_accumulated_stats();
+  size_t free_bytes();
+
+ private:
+  struct Block {
+    size_t offset, size, requested;
+    int stream;
+    std::set<int> other_streams;  // that record_stream named
+  };
+  struct Pending {  // freed, but other streams may still use it
+    Block block;
+    std::vector<EventPtr> uses;
+  };
+
+  void map(size_t capacity_bytes);
+  bool take_cached(size_t size, int stream, size_t& offset);
+  bool take_unused(size_t size, size_t& offset);
+  void give_back_unused(size_t offset, size_t size);
+  void reclaim_pending();
+  void release_cached_blocks();
+  void recycle(const Block& block);
+  void fill_with_nan(const Block& block);
+  [[noreturn]] void throw_out_of_memory(size_t num_bytes);
+
+  size_t capacity_ = 0;
+  char* guard_ = nullptr;
+  char* backing_ = nullptr;
+  std::map<size_t, size_t> unused_;                      // offset -> size
+  std::map<int, std::multimap<size_t, size_t>> cached_;  // stream -> size -> offset
+  std::unordered_map<size_t, Block> live_;               // by offset
+  std::vector<Pending> pending_;
+  Stats stats_;
+};
+
+DeviceMemory& device_memory();
+
+}  // namespace sim

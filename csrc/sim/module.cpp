@@ -1,0 +1,90 @@
+// What offload/accelerators/sim.py calls. Times are in seconds, pointers are those of data_ptr().
+#include <ATen/core/Tensor.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstring>
+#include <map>
+#include <optional>
+#include <string>
+
+#include "device.h"
+#include "memory.h"
+
+namespace py = pybind11;
+
+namespace sim {
+namespace {
+
+void set_profile(const std::map<std::string, double>& rates) {
+  Profile profile = Runtime::get().profile();
+  const std::map<std::string, double*> fields = {{"h2d_bytes_per_s", &profile.h2d_bytes_per_s},
+                                                 {"d2h_bytes_per_s", &profile.d2h_bytes_per_s},
+                                                 {"pageable_bytes_per_s", &profile.pageable_bytes_per_s},
+                                                 {"memory_bytes_per_s", &profile.memory_bytes_per_s},
+                                                 {"flops", &profile.flops},
+                                                 {"latency_s", &profile.latency_s},
+                                                 {"launch_s", &profile.launch_s}};
+  for (auto& [name, value] : rates) *fields.at(name) = value;
+  Runtime::get().set_profile(profile);
+}
+
+py::list trace() {
+  py::list rows;
+  for (const Span& span : Runtime::get().spans())
+    rows.append(
+        py::make_tuple(name_of(span.name), span.stream, static_cast<int>(span.engine), span.start_s, span.end_s));
+  return rows;
+}
+
+py::bytes get_rng_state() {
+  at::Generator generator = default_generator();
+  const at::Tensor state = generator.get_state();
+  return {static_cast<const char*>(state.data_ptr()), static_cast<size_t>(state.numel())};
+}
+
+void set_rng_state(const std::string& bytes) {
+  at::Generator generator = default_generator();
+  at::Tensor state = generator.get_state();
+  TORCH_CHECK(bytes.size() == static_cast<size_t>(state.numel()), "RNG state has ", bytes.size(), " bytes, not ",
+              state.numel());
+  std::memcpy(state.data_ptr(), bytes.data(), bytes.size());
+  generator.set_state(state);
+}
+
+void manual_seed(uint64_t seed) {
+  at::Generator generator = default_generator();
+  generator.set_current_seed(seed);
+}
+
+}  // namespace
+}  // namespace sim
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  using namespace sim;
+  py::class_<HostMark>(m, "HostMark");
+  m.def("configure", [](int executor, uint64_t seed, bool races, bool poison) {
+    Runtime::get().configure({static_cast<Executor>(executor), seed, races, poison});
+  });
+  m.def("set_profile", &set_profile);
+  m.def("capacity", [] { return device_memory().capacity(); });
+  m.def("live_bytes", [] { return device_memory().live_bytes(); });
+  m.def("set_capacity", [](size_t num_bytes) { device_memory().set_capacity(num_bytes); });
+  m.def("races", [] { return Runtime::get().races(); });
+  m.def("clear_races", [] { Runtime::get().clear_races(); });
+  m.def("counts", [] { return Runtime::get().counts(); });
+  m.def("trace", &trace);
+  m.def("host_access", [](uintptr_t begin, size_t num_bytes, bool is_write, const std::string& name) {
+    Runtime::get().host_access({begin, begin + num_bytes, is_write}, name);
+  });
+  m.def("host_charge", [](double seconds, const std::string& name) { Runtime::get().host_charge(seconds, name); });
+  m.def("host_time_s", [] { return Runtime::get().host_time_s(); });
+  m.def("own_host_clock", [] { Runtime::get().own_host_clock(); });
+  m.def("host_mark", [] { return Runtime::get().host_mark(); });
+  m.def("host_join", [](const HostMark& mark) { Runtime::get().host_join(mark); });
+  m.def("manual_seed", &manual_seed);
+  m.def("get_rng_state", &get_rng_state);
+  m.def("set_rng_state", &set_rng_state);
+  // Worker threads must be gone, and queued work done, before Python is.
+  py::module_::import("atexit").attr("register")(py::cpp_function([] { Runtime::get().configure(Settings{}); }));
+}

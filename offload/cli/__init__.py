@@ -1,0 +1,29 @@
+"""The command line: ``offload plan | simulate | explain | calibrate``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from offload.cli import calibrate, explain, plan, simulate
+
+_COMMANDS = {"plan": plan, "simulate": simulate, "explain": explain, "calibrate": calibrate}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, or 2 for a mistake in what was asked for."""
+    parser = argparse.ArgumentParser(
+        prog="offload", description="Plan, predict and explain CPU-GPU offloading of optimizer states."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, module in _COMMANDS.items():
+        summary = (module.__doc__ or "").split("\n")[0]
+        module.add_arguments(commands.add_parser(name, help=summary, description=summary))
+    options = parser.parse_args(arguments)
+    try:
+        _COMMANDS[options.command].run(options)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"offload {options.command}: {error}", file=sys.stderr)
+        return 2
+    return 0

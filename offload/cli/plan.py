@@ -1,0 +1,93 @@
+"""Plan a training job on a machine you need not own: memory, predicted step, plan, alternatives, what would help."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from offload._table import format_table
+from offload.cli.options import add_hardware, add_output, model_cost
+from offload.hardware import HardwareProfile
+from offload.jobs import STATE_BYTES, JobPlan, TrainingJob, plan_job
+from offload.pool import Budgets, format_bytes, parse_bytes
+from offload.timeline import draw, write_chrome_trace
+
+_MAX_WORDS = 24  # of the plan's text that are printed; --json has all
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="MODULE_OR_SHAPE",
+                        help="a shape (llama-7b, config.json, num_layers=32,hidden=...) or package.module:function")  # fmt: skip
+    add_hardware(parser)
+    parser.add_argument("--ranks", type=int, default=1, help="data-parallel ranks in all (default 1)")
+    parser.add_argument("--zero-stage", type=int, default=3, help="what ZeRO shards over the ranks (default 3)")
+    parser.add_argument("--micro-batch", type=int, default=1, help="sequences of one rank and step (default 1)")
+    parser.add_argument("--seq", type=int, default=2048, help="tokens of a sequence (default 2048)")
+    parser.add_argument("--no-recompute", action="store_true", help="keep all activations (shapes only)")
+    parser.add_argument("--state-format", default="fp32", help=f"optimizer state: {', '.join(STATE_BYTES)}")
+    parser.add_argument("--subgroup-numel", type=int, help="parameters in a subgroup")
+    parser.add_argument("--num-slots", type=int, help="device buffers for visiting states")
+    for kind in ("device", "host", "pinned"):
+        parser.add_argument(f"--{kind}-budget", metavar="BYTES", help=f"{kind} memory of the optimizer, as 40GiB")
+    add_output(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    profile = HardwareProfile.load(options.hardware)
+    budgets = Budgets(
+        device_bytes=parse_bytes(_number(options.device_budget), "--device-budget"),
+        host_bytes=parse_bytes(_number(options.host_budget), "--host-budget"),
+        pinned_bytes=parse_bytes(_number(options.pinned_budget), "--pinned-budget"),
+    )
+    cost = model_cost(
+        options.model, micro_batch=options.micro_batch, seq=options.seq, recompute=not options.no_recompute
+    )
+    job = TrainingJob(
+        cost, profile, options.ranks, options.zero_stage, options.subgroup_numel, options.state_format
+    )  # fmt: skip
+    found = plan_job(job, budgets, num_slots=options.num_slots)
+    if options.trace:
+        write_chrome_trace(options.trace, found.step.spans)
+    if options.plot:
+        panels = [("the whole step", found.step.spans)]
+        panels += [
+            (choice.name, choice.prediction.spans) for choice in (found.decision.best, *found.decision.runners_up)
+        ]
+        draw(panels[:3], options.plot)
+    print(json.dumps(found.as_dict(), indent=1) if options.json else report(found))
+
+
+def _number(text: str | None) -> str | int | None:
+    return int(text) if text is not None and text.isdecimal() else text
+
+
+def report(found: JobPlan) -> str:
+    """The plan for a reader."""
+    job, decision, step = found.job, found.decision, found.step
+    best, words = decision.best, str(decision.best.plan).split()
+    text = " ".join(words[:_MAX_WORDS]) + (f" ... ({len(words)} operations in all)" if len(words) > _MAX_WORDS else "")
+    rows = [("plan", "update s", "against best")]
+    for ranked in decision.ranking:
+        about = "" if ranked.is_exact else "~"
+        rows.append((ranked.name, f"{about}{ranked.update_s:.4g}", f"{ranked.update_s / best.update_s:.2f}x"))
+    levers = [("what would help", "update s", "step s")]
+    for lever in found.levers:
+        step_s = step.step_s - best.update_s + lever.update_s
+        levers.append((lever.name, f"{lever.update_s:.4g}", f"{max(step_s, 0.0):.4g}"))
+    bounds = ", ".join(f"{resource} {seconds:.4g}" for resource, seconds in best.bound.seconds_of.items())
+    refused = [f"  {name}: {reason}" for name, reason in decision.refused.items()]
+    return "\n".join(
+        [
+            f"{job.cost.name}: {job.cost.numel:,} parameters, {job.rank_numel:,} updated by each of {job.num_ranks} "
+            f"ranks on {job.profile.name} ({job.profile.description})",
+            str(found.memory),
+            f"budget of the optimizer: device {format_bytes(found.budgets.device_bytes or 0)}",
+            f"predicted step {step.step_s:.4g} s: forward {step.forward_s:.4g}, backward {step.backward_s:.4g}, "
+            f"update {step.update_s:.4g} before the next forward ({best.update_s:.4g} with the last write-back)",
+            f"plan: {best.name}; {decision.binds} binds (seconds each resource needs at least: {bounds})",
+            f"  {text}",
+            format_table(rows),
+            *(["refused by the budgets:", *refused] if refused else []),
+            format_table(levers),
+        ]
+    )

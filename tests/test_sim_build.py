@@ -1,0 +1,95 @@
+"""Building the emulated device: cached, never hanging, and saying what to do when it fails."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from offload.accelerators import sim_build
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path
+
+
+def run_python(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env={**os.environ, **environment},
+    )
+
+
+def test_nothing_is_registered_before_load() -> None:
+    program = (
+        "import torch\nfrom offload.testing import sim\nimport offload.accelerators\n"
+        "device = torch.accelerator.current_accelerator()\nassert device is None or device.type != 'sim'\n"
+        "try: sim.configure()\nexcept RuntimeError as error: print(error)\n"
+    )
+    done = run_python(program)
+    assert done.returncode == 0, done.stderr
+    assert "call offload.testing.sim.load() first" in done.stdout
+
+
+def test_second_load_does_nothing(sim: ModuleType) -> None:
+    sim.load()
+
+
+def test_cache_depends_on_sources(cache: Path, tmp_path: Path) -> None:
+    source = tmp_path / "a.cpp"
+    source.write_text("int a;")
+    first = sim_build.cache_directory([source])
+    assert first.parent == cache / "offload"
+    assert first == sim_build.cache_directory([source])
+    source.write_text("int b;")
+    assert first != sim_build.cache_directory([source])
+
+
+def test_failed_build_says_what_to_do(cache: Path) -> None:
+    done = run_python("from offload.testing import sim; sim.load()", XDG_CACHE_HOME=str(cache), CXX="/bin/false")
+    assert done.returncode == 1
+    assert "RuntimeError: the emulated device could not be built" in done.stderr
+    assert "pip install ninja" in done.stderr
+    assert str(cache) in done.stderr
+
+
+def test_stale_lock_does_not_hang(cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """torch's build lock is a file that a killed build leaves behind."""
+    source = tmp_path / "broken.cpp"
+    source.write_text("this is not C++")
+    monkeypatch.setattr(sim_build, "_SOURCES", tmp_path)
+    directory = sim_build.cache_directory([source])
+    directory.mkdir(parents=True)
+    (directory / "lock").touch()
+    with pytest.raises(RuntimeError, match="could not be built"):
+        sim_build.load_extension()
+    assert not (directory / "complete").exists()
+
+
+def test_unloadable_library_says_what_to_remove(cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    source = tmp_path / "empty.cpp"
+    source.touch()
+    monkeypatch.setattr(sim_build, "_SOURCES", tmp_path)
+    monkeypatch.setattr(sim_build, "_MODULE", "offload_sim_broken")
+    directory = sim_build.cache_directory([source])
+    directory.mkdir(parents=True)
+    (directory / "offload_sim_broken.so").write_text("half a library")
+    (directory / "complete").touch()
+    with pytest.raises(RuntimeError, match="remove that directory"):
+        sim_build.load_extension()
+
+
+def test_installed_without_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sim_build, "_SOURCES", tmp_path / "nowhere")
+    with pytest.raises(RuntimeError, match="Use a checkout"):
+        sim_build.load_extension()

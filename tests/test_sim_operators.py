@@ -1,0 +1,164 @@
+"""Operators on the emulated device: one test for each way in which they differ from the CPU's."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+EXECUTORS = ["sync", "threads", "lazy", "eager", "random"]
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(8), nn.GroupNorm(2, 8), nn.BatchNorm1d(8), nn.RMSNorm(8)])
+def test_norms_in_bfloat16(sim: ModuleType, norm: nn.Module) -> None:
+    """Pitfall: Meta keeps statistics in fp32, as CUDA does; the CPU's backward wants them in bf16."""
+    torch.manual_seed(0)
+    norm = copy.deepcopy(norm).bfloat16()
+    x = torch.randn(4, 8).bfloat16()
+    on_device = copy.deepcopy(norm).to("sim")
+    norm(x).float().square().sum().backward()
+    on_device(x.to("sim")).float().square().sum().backward()
+    assert torch.equal(on_device.weight.grad.cpu(), norm.weight.grad)
+
+
+def test_loss_with_resizing_out_kernel(sim: ModuleType) -> None:
+    """Pitfall: the CPU's mse_loss resizes its output midway."""
+    x, y = torch.randn(8, 3), torch.randn(8, 3)
+    for reduction in ("mean", "sum", "none"):
+        result = F.mse_loss(x.to("sim"), y.to("sim"), reduction=reduction)
+        assert torch.equal(result.cpu(), F.mse_loss(x, y, reduction=reduction))
+
+
+def test_boolean_mask_makes_the_host_wait(sim: ModuleType) -> None:
+    """Pitfall: the Meta kernel raises Python's NotImplementedError for an index that is a mask."""
+    x = torch.arange(10.0, device="sim")
+    before = sim.counts()[1]
+    chosen = x[x > 4]
+    assert sim.counts()[1] > before
+    assert torch.equal(chosen.cpu(), torch.arange(5.0, 10.0))
+    assert torch.equal((x > 4).nonzero().cpu().flatten(), torch.arange(5, 10))
+    assert torch.equal(torch.unique(torch.tensor([3, 1, 3], device="sim")).cpu(), torch.tensor([1, 3]))
+
+
+def test_cpu_scalars_are_taken_by_value(sim: ModuleType) -> None:
+    """Pitfall: 0-dim CPU tensors may be arguments, keep their type promotion, and may change afterwards."""
+    sim.configure("lazy")
+    scalar = torch.tensor(2.0, dtype=torch.float64)
+    result = torch.ones(3, device="sim") * scalar
+    scalar.fill_(100.0)
+    assert result.dtype == torch.float32
+    assert torch.equal(result.cpu(), torch.full((3,), 2.0))
+    assert (torch.ones(3, dtype=torch.bfloat16, device="sim") * 2.5).dtype == torch.bfloat16
+
+
+def test_device_mismatch(sim: ModuleType) -> None:
+    x, y = torch.ones(3, device="sim"), torch.ones(3)
+    with pytest.raises(RuntimeError, match="Expected all tensors to be on the same device"):
+        x + y
+    with pytest.raises(RuntimeError, match="Expected all tensors to be on the same device"):
+        y.add_(x)
+    with pytest.raises(RuntimeError, match="Expected all tensors to be on the same device"):
+        torch._foreach_add_([x], [y])
+
+
+def test_bad_shapes_are_refused_at_once(sim: ModuleType) -> None:
+    sim.configure("lazy")
+    with pytest.raises(RuntimeError, match=r"must match the size|size mismatch|shapes cannot be multiplied"):
+        torch.ones(2, 3, device="sim") @ torch.ones(2, 3, device="sim")
+
+
+def test_views_take_part_in_autograd(sim: ModuleType) -> None:
+    """Pitfall: views need the keys of their base, or autograd takes them for inference tensors."""
+    x = torch.randn(4, 6, device="sim", requires_grad=True)
+    views: list[Tensor] = [x.view(24), x.t(), x[1:3], x.reshape(2, 12), *x.split(2, 1), *x.unbind(0), x.unfold(1, 2, 2)]
+    assert all(view.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() for view in views)
+    sum(view.square().sum() for view in views).backward()
+    expected = x.detach().cpu().requires_grad_()
+    cpu: list[Tensor] = [expected.view(24), expected.t(), expected[1:3], expected.reshape(2, 12)]
+    cpu += [*expected.split(2, 1), *expected.unbind(0), expected.unfold(1, 2, 2)]
+    sum(view.square().sum() for view in cpu).backward()
+    torch.testing.assert_close(x.grad.cpu(), expected.grad)
+    bytes_of_x = x.detach().view(torch.int32)
+    assert torch.equal(bytes_of_x.cpu(), x.detach().cpu().view(torch.int32))
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_random_numbers_do_not_depend_on_the_executor(sim: ModuleType, executor: str) -> None:
+    def draw() -> list[Tensor]:
+        torch.manual_seed(3)
+        side = torch.Stream("sim")
+        x = torch.randn(100, device="sim")
+        with side:
+            y = torch.rand(100, device="sim")
+        dropped = F.dropout(torch.ones(100, device="sim"), 0.5)
+        side.synchronize()
+        return [tensor.cpu() for tensor in (x, y, dropped)]
+
+    expected = draw()
+    sim.configure(executor)
+    for tensor, same in zip(draw(), expected, strict=True):
+        assert torch.equal(tensor, same)
+    assert 20 < expected[2].count_nonzero() < 80
+
+
+def test_dropout_leaves_the_host_generator_alone(sim: ModuleType) -> None:
+    state = torch.get_rng_state()
+    F.dropout(torch.ones(100, device="sim"), 0.5).cpu()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_generator(sim: ModuleType) -> None:
+    generator = torch.Generator("sim").manual_seed(5)
+    x = torch.randn(10, device="sim", generator=generator)
+    y = torch.randn(10, device="sim", generator=generator)
+    generator.manual_seed(5)
+    assert torch.equal(torch.randn(10, device="sim", generator=generator).cpu(), x.cpu())
+    assert not torch.equal(x.cpu(), y.cpu())
+    with pytest.raises(RuntimeError, match="Expected a 'sim' device type for generator"):
+        torch.randn(10, device="sim", generator=torch.Generator())
+    state = torch.sim.get_rng_state()
+    x = torch.randn(10, device="sim")
+    torch.sim.set_rng_state(state)
+    assert torch.equal(torch.randn(10, device="sim").cpu(), x.cpu())
+
+
+@pytest.fixture
+def library() -> Iterator[torch.library.Library]:
+    library = torch.library.Library("sim_test", "DEF")
+    yield library
+    library._destroy()
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_custom_operator_runs_asynchronously(sim: ModuleType, library: torch.library.Library, executor: str) -> None:
+    """An operator that only changes its arguments needs a CPU kernel and nothing else."""
+    library.define("axpy_(Tensor(a!) y, Tensor x, float a) -> ()")
+
+    def axpy_(y: Tensor, x: Tensor, a: float) -> None:
+        y.add_(x, alpha=a)
+
+    library.impl("axpy_", axpy_, "CPU")
+    sim.configure(executor)
+    x, y = torch.ones(100, device="sim"), torch.zeros(100, device="sim")
+    side = torch.Stream("sim")
+    side.wait_stream(torch.accelerator.current_stream())
+    with side:
+        for _ in range(5):
+            torch.ops.sim_test.axpy_(y, x, 2.0)
+    done = side.record_event()
+    assert sim.counts()[1] == 0
+    done.synchronize()
+    assert sim.races() == []
+    with side:
+        assert torch.equal(y.cpu(), torch.full((100,), 10.0))
+
+
+def test_operator_without_cpu_kernel(sim: ModuleType, library: torch.library.Library) -> None:
+    library.define("nowhere(Tensor x) -> Tensor")
+    with pytest.raises(NotImplementedError, match="sim_test::nowhere has no CPU kernel"):
+        torch.ops.sim_test.nowhere(torch.ones(3, device="sim"))
