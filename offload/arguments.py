@@ -7,7 +7,7 @@ from typing import Any
 
 from offload.hardware import HardwareProfile
 from offload.perf_model import Rates
-from offload.policy import parse_policy
+from offload.policy import Stride, parse_policy
 from offload.pool import Budgets, parse_bytes
 from offload.runtime import Options
 
@@ -56,6 +56,11 @@ def parse_options(
         pinned_bytes=parse_bytes(pinned_budget, "pinned_budget"),
     )
     policy = parse_policy(plan)
+    if num_slots is not None and not (policy in ("auto", "device") or isinstance(policy, Stride)):
+        raise ValueError(
+            f"num_slots={num_slots} has no use with plan={plan!r}: a fixed plan names its own slots, and states that "
+            f"never visit the device need none; leave num_slots out"
+        )
     if profile is not None and policy != "auto":
         raise ValueError(f"profile tells plan='auto' where to start, and plan is {plan!r}; leave one of them out")
     return Options(policy, budgets, subgroup_numel, num_slots, _rates_of(profile))

@@ -1,7 +1,7 @@
 """Measure this machine: link, host memory, update rates. The result is a hardware profile like those that ship.
 
-Copies are timed by events of their streams, host work by the host's clock, everything by the median of repeats after one
-that does not count.
+Copies are timed by events of their streams, host work by the host's clock, each by the median of repeats after one that
+does not count.
 """
 
 from __future__ import annotations
@@ -172,9 +172,9 @@ class _Bench:
     # ---- host
 
     def _host_update(self) -> float:
-        state = [torch.zeros(self.numel) for _ in range(3)]
+        master, exp_avg, exp_avg_sq = (torch.zeros(self.numel) for _ in range(3))
         grad, param = (torch.zeros(self.numel, dtype=torch.bfloat16) for _ in range(2))
-        return self.numel / self._host_s(lambda: adam_step(*state, grad, param, scalars=_SCALARS))
+        return self.numel / self._host_s(lambda: adam_step(master, exp_avg, exp_avg_sq, grad, param, scalars=_SCALARS))
 
     def _host_copy(self) -> float:
         source, target = torch.zeros(3 * self.numel), torch.zeros(3 * self.numel)
@@ -199,9 +199,11 @@ class _Bench:
     # ---- device
 
     def _device_update(self) -> float:
-        state = [self._empty(self.numel, torch.float32).zero_() for _ in range(3)]
+        master, exp_avg, exp_avg_sq = (self._empty(self.numel, torch.float32).zero_() for _ in range(3))
         grad, param = (self._empty(self.numel, torch.bfloat16).zero_() for _ in range(2))
-        return self.numel / self._device_s(lambda: adam_step(*state, grad, param, scalars=_SCALARS))
+        return self.numel / self._device_s(
+            lambda: adam_step(master, exp_avg, exp_avg_sq, grad, param, scalars=_SCALARS)
+        )
 
     def _device_copy(self) -> float:
         source, target = self._empty(3 * self.numel, torch.float32), self._empty(3 * self.numel, torch.float32)

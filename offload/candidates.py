@@ -95,11 +95,12 @@ def decide(
 def _rank(fitting: Sequence[Candidate], refused: dict[str, str], search: Search) -> Decision:
     num = len(search.subgroups)
     sample = Search(sampled(search.subgroups, Homes(), MAX_RANKED)[0], search.rates)
+    scale = sum(s.numel for s in search.subgroups) / max(1, sum(s.numel for s in sample.subgroups))
     ranked = []
     for candidate in fitting:
         _, homes = sampled(search.subgroups, candidate.homes, MAX_RANKED)
         choice = sample.choice(candidate.name, homes, candidate.build(sample, homes))
-        ranked.append((choice.update_s * num / max(1, len(sample.subgroups)), candidate, choice))
+        ranked.append((choice.update_s * scale, candidate, choice))
     ranked.sort(key=lambda item: item[0])  # of equals the first, which is the simplest
     if len(sample.subgroups) == num:
         choices = [choice for _, _, choice in ranked]

@@ -1,4 +1,4 @@
-"""Choosing plans while training runs: measured times correct the rates, and the plan follows, a few subgroups at a time.
+"""Choosing plans while training runs: measured times correct the rates, and the plan follows, few subgroups at a time.
 
 Which plan runs never changes a bit of the result, so the controller may be wrong without harm but time. It sees nothing
 but measurements: fed with those of a log, it decides again what it decided then.
@@ -11,6 +11,7 @@ import statistics
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -97,13 +98,9 @@ class Decision:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        measurement = {
-            "step": self.measurement.step,
-            "work": dict(self.measurement.work),
-            "update_s": self.measurement.update_s,
-        }
+        seen = self.measurement
         return {
-            "measurement": measurement,
+            "measurement": {"step": seen.step, "work": dict(seen.work), "update_s": seen.update_s},
             "ran": str(self.ran),
             "predicted_s": self.predicted_s,
             "rates": asdict(self.rates),
@@ -241,7 +238,7 @@ class Controller:
 
     # ---- the log
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | PathLike[str]) -> None:
         """Write the decisions, and all that is needed to take them again, as JSON lines."""
         homes = self._homes
         header = {
@@ -257,7 +254,7 @@ class Controller:
         Path(path).write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
-def replay(path: str | Path) -> Controller:
+def replay(path: str | PathLike[str]) -> Controller:
     """A controller that was fed with the measurements of a log of :meth:`Controller.save`.
 
     Raises:

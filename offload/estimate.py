@@ -15,8 +15,8 @@ from offload.hardware import HardwareProfile
 from offload.phases import BACKWARD_OPERATIONS, FORWARD_OPERATIONS, Layer
 from offload.pool import MemoryBill, format_bytes
 
-# Share of what the allocator hands out that it cannot use, because free blocks have other sizes than what is asked for.
-# Assumed: it depends on the model's shapes and on the allocator; torch's memory_reserved() over memory_allocated() says.
+# What the allocator cannot use, because free blocks have other sizes than what is asked for, over what is in use.
+# Assumed: it depends on shapes and allocator; torch's memory_reserved() over memory_allocated() tells.
 FRAGMENTATION = 0.08
 ZERO_STAGES = (0, 1, 2, 3)
 

@@ -17,8 +17,8 @@ from offload.planner import Search
 from offload.pool import BudgetError, Budgets, format_bytes
 from offload.subgroup import Subgroup
 
-# Bytes of optimizer state a parameter: float32 master and moments; 16-bit remainder of the master; moments in bf16; in 8
-# bits.
+# Bytes of optimizer state a parameter: float32 master and moments; a 16-bit remainder of the master; also moments in
+# bf16; in 8 bits.
 STATE_BYTES = {"fp32": 12, "split16": 10, "bf16": 6, "int8": 4}
 LEVER_SAMPLE = 24  # subgroups that levers are timed with
 RATE_LEVERS = {

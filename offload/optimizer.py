@@ -42,9 +42,9 @@ class Adam(torch.optim.Optimizer):
         lr, betas, eps, weight_decay, amsgrad, maximize: as in torch.
         foreach, fused, capturable, differentiable: accepted at the values that describe this optimizer (it is fused,
             runs eagerly and is not differentiable), so that code written for torch's runs; other values are errors.
-        plan: ``"auto"`` measures some steps and follows the fastest split as rates change, ``"host"`` updates all on the
-            CPU, ``"device"`` streams all through the accelerator; or :class:`offload.Static`, :class:`offload.Stride`,
-            an :class:`offload.Plan` or its text.
+        plan: ``"auto"`` measures some steps and follows the fastest split as rates change, ``"host"`` updates all on
+            the CPU, ``"device"`` streams all through the accelerator; or :class:`offload.Static`,
+            :class:`offload.Stride`, an :class:`offload.Plan` or its text.
         device_budget, host_budget, pinned_budget: upper bounds on what the optimizer takes beyond parameters and
             gradients, in bytes or as text ("4GiB"); None for no limit. Exceeding one is an error at construction.
         subgroup_numel: parameters in a subgroup, about: whole parameters are packed. None takes a 24th of the
@@ -353,7 +353,7 @@ class Adam(torch.optim.Optimizer):
         """
         controller = self.runtime.controller
         if controller is None:
-            raise ValueError("there are no decisions: only plan='auto' with states that may visit an accelerator has any")
+            raise ValueError("no decisions: only plan='auto' with states that may visit an accelerator takes any")
         controller.save(path)
 
     def simulate(self, machine: HardwareProfile | Rates, plan: Plan | None = None) -> Prediction:

@@ -159,6 +159,7 @@ class Pool:
     def set_slots(self, num_slots: int, state_bytes: int, streams: Sequence[torch.Stream]) -> None:
         """Make the slots: ``num_slots`` device buffers of ``state_bytes`` each, used on ``streams`` too."""
         numel = state_bytes // FLOAT32_BYTES
+        self.slots = []  # the old ones go first, so that the device never holds both
         self.slots = [Slot(i, torch.empty(numel, dtype=torch.float32, device=self._device)) for i in range(num_slots)]
         for slot in self.slots:
             for stream in streams:  # the allocator may hand the memory on only when these streams are done with it

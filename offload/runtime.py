@@ -14,7 +14,7 @@ from offload.adam import AdamSubgroup, SliceUpdate
 from offload.controller import Controller, Decision, Measurement
 from offload.executor import run_update
 from offload.homes import Homes, first_plan, settle
-from offload.lanes import Lanes
+from offload.lanes import Lane, Lanes
 from offload.lanes.accelerator import StreamLane, accelerator_lanes
 from offload.lanes.inline import inline_lanes
 from offload.layout import Packed
@@ -46,8 +46,8 @@ def lanes_for(device: torch.device) -> Lanes:
     return inline_lanes() if device.type == "cpu" else accelerator_lanes(device)
 
 
-def _wait_for_copies(lanes: Lanes) -> None:
-    for lane in (lanes.h2d, lanes.d2h):
+def _wait_for_copies(*lanes: Lane) -> None:
+    for lane in lanes:
         lane.mark().synchronize()
 
 
@@ -75,7 +75,8 @@ class Runtime:
         self._num_steps = 0
         self._broken: BaseException | None = None
         # Pinned memory and slots may go back only when no copy uses them; at exit the device's own teardown waits.
-        weakref.finalize(self, _wait_for_copies, self.lanes).atexit = False
+        # Not the host lane: the traceback of a failed update, which it keeps, would keep this runtime.
+        weakref.finalize(self, _wait_for_copies, self.lanes.h2d, self.lanes.d2h).atexit = False
 
     # ---- layout and memory
 

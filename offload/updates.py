@@ -38,7 +38,7 @@ def updates_by_subgroup(
     decoupled: bool,
     grad_scale: float,
 ) -> dict[int, list[SliceUpdate]]:
-    """Updates of one step, by subgroup and in the order of its slices. Changes nothing.
+    """Updates of one step by subgroup, in the order of ``params``. Changes nothing.
 
     Args:
         params: parameters with a gradient, each with its group.
@@ -62,6 +62,4 @@ def updates_by_subgroup(
             cached[key] = scalars_of(group, step=step, decoupled=decoupled, grad_scale=grad_scale)
         assert param.grad is not None
         updates[home.subgroup].append(SliceUpdate(home.item, param.grad.detach().reshape(-1), cached[key]))
-    for subgroup_updates in updates.values():
-        subgroup_updates.sort(key=lambda update: update.slice.offset)
     return dict(updates)

@@ -232,8 +232,8 @@ def test_hooks_see_and_change_what_is_loaded() -> None:
     def drop_entry(opt: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
         state_dict["state"] = {0: state_dict["state"][0]}
 
-    optimizer.register_load_state_dict_pre_hook(set_lr)
     optimizer.register_load_state_dict_pre_hook(drop_entry)
+    optimizer.register_load_state_dict_pre_hook(set_lr)
     optimizer.register_load_state_dict_post_hook(note)
     optimizer.load_state_dict(saved)
     assert calls == ["pre", "post"]
@@ -248,16 +248,25 @@ def test_hooks_see_and_change_what_is_loaded() -> None:
 # ---- refused, with nothing loaded
 
 
-def other_model_states() -> dict[str, Any]:
-    """States that do not fit ``mlp()``, by what the message says of each."""
+STATES_THAT_DO_NOT_FIT = {
+    "wider": "shape .* belongs to another model",
+    "deeper": "has 10 parameters, this optimizer's 8",
+    "two groups": "has 2 parameter groups, this optimizer 1",
+    "SGD": "lacks .*'exp_avg', 'exp_avg_sq'.* no Adam state",
+    "incomplete": "lacks .*'exp_avg_sq'.* for parameter 7",
+    "bad shape": "exp_avg of parameter 7 .* shape",
+    "extra entry": "entry for parameter 8, which no group holds",
+    "amsgrad": "saved with amsgrad=True",
+    "a model": "lacks .*'param_groups', 'state'.* no optimizer's state_dict",
+}
+
+
+def state_that_does_not_fit(name: str) -> dict[str, Any]:
+    """A state that is not one of ``mlp()``'s; where only an entry is wrong, it is the last."""
     base = mlp()
     optimizer = make_ours(base)
     train(base, optimizer, steps=range(1))
     good = copy.deepcopy(optimizer.state_dict())
-
-    def changed(index: int, **entries: Any) -> dict[str, Any]:
-        state = {**good["state"], index: {**good["state"][index], **entries}}
-        return {**good, "state": state}
 
     wider = mlp((16, 64, 48, 32, 16))
     wider_optimizer = make_ours(wider)
@@ -267,29 +276,30 @@ def other_model_states() -> dict[str, Any]:
     for param in sgd.param_groups[0]["params"]:
         param.grad = torch.ones_like(param)
     sgd.step()
-    last = {name: value for name, value in good["state"][7].items() if name != "exp_avg_sq"}
+    last = good["state"][7]
+    incomplete = {entry: value for entry, value in last.items() if entry != "exp_avg_sq"}
+    last_entries = {"incomplete": (7, incomplete), "bad shape": (7, {**last, "exp_avg": torch.zeros(3)})}
+    index, entry = {**last_entries, "extra entry": (8, last)}.get(name, (7, last))
     two_groups = offload.AdamW([{"params": p} for p in mlp()[0].parameters()])
-    return {
-        "shape .* belongs to another model": wider_optimizer.state_dict(),
-        "has 10 parameters, this optimizer's 8": make_ours(deeper).state_dict(),
-        "has 2 parameter groups, this optimizer 1": two_groups.state_dict(),
-        "lacks .*'exp_avg', 'exp_avg_sq'.* no Adam state": sgd.state_dict(),
-        "lacks .*'exp_avg_sq'.* for parameter 7": {**good, "state": {**good["state"], 7: last}},
-        "exp_avg of parameter 7 .* shape": changed(7, exp_avg=torch.zeros(3)),
-        "entry for parameter 8, which no group holds": {**good, "state": {**good["state"], 8: good["state"][7]}},
-        "saved with amsgrad=True": make_ours(mlp(), amsgrad=True).state_dict(),
-        "lacks .*'param_groups', 'state'.* no optimizer's state_dict": mlp().state_dict(),
+    states = {
+        "wider": wider_optimizer.state_dict(),
+        "deeper": make_ours(deeper).state_dict(),
+        "two groups": two_groups.state_dict(),
+        "SGD": sgd.state_dict(),
+        "amsgrad": make_ours(mlp(), amsgrad=True).state_dict(),
+        "a model": mlp().state_dict(),
     }
+    return states.get(name, {**good, "state": {**good["state"], index: entry}})
 
 
-@pytest.mark.parametrize("message", list(other_model_states()))
-def test_state_of_another_model_is_refused_whole(message: str) -> None:
+@pytest.mark.parametrize("name", STATES_THAT_DO_NOT_FIT)
+def test_state_of_another_model_is_refused_whole(name: str) -> None:
     model = mlp()
     optimizer = make_ours(model)
     train(model, optimizer, steps=FIRST)
     before = everything(model, optimizer)
-    with pytest.raises(ValueError, match=message):
-        optimizer.load_state_dict(other_model_states()[message])
+    with pytest.raises(ValueError, match=STATES_THAT_DO_NOT_FIT[name]):
+        optimizer.load_state_dict(state_that_does_not_fit(name))
     assert_unchanged(model, optimizer, before)
     assert_same_bits(train(model, optimizer, steps=REST).params, uninterrupted().params)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -156,6 +157,39 @@ def test_custom_operator_runs_asynchronously(sim: ModuleType, library: torch.lib
     assert sim.races() == []
     with side:
         assert torch.equal(y.cpu(), torch.full((100,), 10.0))
+
+
+@pytest.mark.parametrize("executor", ["sync", "threads", "lazy"])
+def test_other_threads_while_an_operator_in_python_runs(
+    sim: ModuleType, library: torch.library.Library, executor: str
+) -> None:
+    """Pitfall: who waits for the device's lock must not hold the GIL, which the operator needs to get on."""
+
+    def increment_(x: Tensor) -> None:
+        for i in range(100):
+            x[i] += 1
+
+    library.define("increment_(Tensor(a!) x) -> ()")
+    library.impl("increment_", increment_, "CPU")
+    sim.configure(executor)
+    x = torch.zeros(100, device="sim")
+    torch.accelerator.synchronize()
+    side = torch.Stream("sim")
+
+    def work() -> None:
+        with side:
+            for _ in range(50):
+                torch.ops.sim_test.increment_(x)
+                side.synchronize()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    while thread.is_alive():
+        torch.empty(10, device="sim").record_stream(side)
+        torch.accelerator.current_stream().record_event()
+        sim.host_time_s()
+    thread.join()
+    assert torch.equal(x.cpu(), torch.full((100,), 50.0))
 
 
 def test_operator_without_cpu_kernel(sim: ModuleType, library: torch.library.Library) -> None:

@@ -109,21 +109,19 @@ def test_placements_may_change_every_step_in_many_orders(sim: ModuleType, seed: 
 
 
 @pytest.mark.parametrize("executor", ["lazy", "random"])
-def test_auto_measures_then_plans_anew(sim: ModuleType, executor: str) -> None:
+def test_auto_measures_until_a_plan_is_set(sim: ModuleType, executor: str) -> None:
     sim.configure(executor)
     model, optimizer = on_sim("auto")
     first_plan = optimizer.plan
     assert {Placement.HOST, Placement.DEVICE} <= set(first_plan.placements.values())
-    train(model, optimizer, steps=range(1))
-    assert optimizer.plan == first_plan
     assert optimizer.timeline() == []
-    train(model, optimizer, steps=range(1, 2))
+    train(model, optimizer, steps=range(6))
     assert optimizer.runtime.rates is not None
-    assert {span.lane for span in optimizer.timeline()} == {"compute", "h2d", "d2h", "host"}
-    assert len(optimizer.timeline()) == len(first_plan.ops)
-    best = offload.Plan.parse(str(optimizer.plan))
-    train(model, optimizer, steps=range(2, 4))
-    assert optimizer.plan == best  # measured once
+    assert {span.lane for span in optimizer.timeline()} >= {"compute", "h2d", "d2h"}
+    optimizer.set_plan(first_plan)
+    train(model, optimizer, steps=range(6, NUM_STEPS))
+    assert optimizer.plan == first_plan
+    assert_same_bits(snapshot(model), reference().params)
 
 
 def test_gradients_accumulate_while_the_last_step_is_in_flight(sim: ModuleType) -> None:
@@ -420,6 +418,21 @@ def test_an_error_inside_a_lane_surfaces_and_breaks_the_optimizer(
         with pytest.raises(RuntimeError, match=r"this optimizer is broken: .* load the last checkpoint") as broken:
             use()
         assert broken.value.__cause__ is caught.value
+
+
+@pytest.mark.parametrize("plan", ["host", "device"])
+def test_a_broken_optimizer_gives_its_memory_back(sim: ModuleType, plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the error that broke it, which lanes and runtime keep, refers to what was in use then."""
+
+    def train_and_fail() -> None:
+        model, optimizer = on_sim(plan)
+        monkeypatch.setattr("offload.adam.adam_step", None)
+        with pytest.raises(TypeError):
+            train(model, optimizer)
+
+    train_and_fail()
+    gc.collect()
+    assert torch.accelerator.memory_allocated() == 0
 
 
 def test_device_memory_runs_out_when_a_group_joins(sim: ModuleType) -> None:

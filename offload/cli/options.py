@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +47,8 @@ def model_cost(model: str, *, micro_batch: int, seq: int, recompute: bool) -> Mo
         if isinstance(result, tuple):
             result, arguments = result
             made.append(arguments)
+        if not isinstance(result, nn.Module):
+            raise ValueError(f"{model} returned a {type(result).__name__}; return a module, or a module and arguments")
         return result
 
     def inputs() -> tuple[Tensor, ...]:
@@ -55,11 +59,12 @@ def model_cost(model: str, *, micro_batch: int, seq: int, recompute: bool) -> Mo
     return trace_module(build, inputs, name=model)
 
 
-def _find(model: str):  # type: ignore[no-untyped-def]  # whatever the user's function is
+def _find(model: str) -> Callable[[], Any]:
     module_name, _, function_name = model.partition(":")
     if "" not in sys.path:  # a console script does not see the current folder
         sys.path.insert(0, "")
     try:
-        return getattr(importlib.import_module(module_name), function_name)
+        found: Callable[[], Any] = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"no function {model!r}: {error}; give package.module:function") from error
+    return found

@@ -12,12 +12,13 @@ from offload.jobs import STATE_BYTES, JobPlan, TrainingJob, plan_job
 from offload.pool import Budgets, format_bytes, parse_bytes
 from offload.timeline import draw, write_chrome_trace
 
+MIN_GAIN = 0.01  # of a lever that is listed
 _MAX_WORDS = 24  # of the plan's text that are printed; --json has all
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="MODULE_OR_SHAPE",
-                        help="a shape (llama-7b, config.json, num_layers=32,hidden=...) or package.module:function")  # fmt: skip
+    help_model = "a shape (llama-7b, config.json, num_layers=32,hidden=...) or package.module:function"
+    parser.add_argument("--model", required=True, metavar="MODULE_OR_SHAPE", help=help_model)
     add_hardware(parser)
     parser.add_argument("--ranks", type=int, default=1, help="data-parallel ranks in all (default 1)")
     parser.add_argument("--zero-stage", type=int, default=3, help="what ZeRO shards over the ranks (default 3)")
@@ -49,11 +50,9 @@ def run(options: argparse.Namespace) -> None:
     if options.trace:
         write_chrome_trace(options.trace, found.step.spans)
     if options.plot:
-        panels = [("the whole step", found.step.spans)]
-        panels += [
-            (choice.name, choice.prediction.spans) for choice in (found.decision.best, *found.decision.runners_up)
-        ]
-        draw(panels[:3], options.plot)
+        choices = (found.decision.best, *found.decision.runners_up[:1])
+        updates = [(f"update, {choice.name}", choice.prediction.spans) for choice in choices]
+        draw([("the whole step", found.step.spans), *updates], options.plot)
     print(json.dumps(found.as_dict(), indent=1) if options.json else report(found))
 
 
@@ -70,10 +69,12 @@ def report(found: JobPlan) -> str:
     for ranked in decision.ranking:
         about = "" if ranked.is_exact else "~"
         rows.append((ranked.name, f"{about}{ranked.update_s:.4g}", f"{ranked.update_s / best.update_s:.2f}x"))
-    levers = [("what would help", "update s", "step s")]
-    for lever in found.levers:
-        step_s = step.step_s - best.update_s + lever.update_s
-        levers.append((lever.name, f"{lever.update_s:.4g}", f"{max(step_s, 0.0):.4g}"))
+    levers = [("what would help most", "update s", "faster")]
+    levers += [
+        (lever.name, f"{lever.update_s:.4g}", f"{best.update_s / lever.update_s:.2f}x")
+        for lever in found.levers
+        if lever.update_s < (1 - MIN_GAIN) * best.update_s
+    ]
     bounds = ", ".join(f"{resource} {seconds:.4g}" for resource, seconds in best.bound.seconds_of.items())
     refused = [f"  {name}: {reason}" for name, reason in decision.refused.items()]
     return "\n".join(
@@ -88,6 +89,6 @@ def report(found: JobPlan) -> str:
             f"  {text}",
             format_table(rows),
             *(["refused by the budgets:", *refused] if refused else []),
-            format_table(levers),
+            format_table(levers) if len(levers) > 1 else f"no lever gains {MIN_GAIN:.0%}: {decision.binds} binds",
         ]
     )

@@ -18,9 +18,7 @@ from offload.timeline import describe, draw, write_chrome_trace
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "plan", metavar="PLAN", help="JSON of `offload plan --json`, or a text such as 'P0@0 G0@0 F0@0'"
-    )
+    parser.add_argument("plan", metavar="PLAN", help="JSON of `offload plan --json`, or a text as 'P0@0 G0@0 F0@0'")
     add_hardware(parser)
     parser.add_argument("--ranks", type=int, help="ranks at work on the machine (default: all it has)")
     parser.add_argument("--subgroup-numel", type=int, help="for a text: parameters in each subgroup")

@@ -71,8 +71,9 @@ def adam_step(
     else:
         _check_no_overlap(present)
         run(name, *arguments, scalars, thread_count)
-        # Kernels write through pointers: autograd has to be told, as it would be of an in-place operation.
-        torch.autograd.graph.increment_version([tensor for tensor in written.values() if tensor is not None])
+    # Kernels write through pointers, and the operator has no autograd kernel: autograd has to be told, as it would be
+    # of an in-place operation.
+    torch.autograd.graph.increment_version([tensor for tensor in written.values() if tensor is not None])
 
 
 def run(
