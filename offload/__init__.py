@@ -1,5 +1,7 @@
 """CPU-GPU offloading for PyTorch: optimizer state in host memory, updated on both sides, with the same bits."""
 
+from offload.calibration import calibrate
+from offload.estimate import measured_budget
 from offload.gradients import NonFiniteGradientError
 from offload.hardware import HardwareProfile
 from offload.monitor import MemoryMonitor
@@ -27,5 +29,7 @@ __all__ = [
     "Rates",
     "Static",
     "Stride",
+    "calibrate",
     "lower",
+    "measured_budget",
 ]

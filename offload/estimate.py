@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from offload.hardware import HardwareProfile
+from offload.monitor import MemoryMonitor
 from offload.phases import BACKWARD_OPERATIONS, FORWARD_OPERATIONS, Layer
-from offload.pool import MemoryBill, format_bytes
+from offload.pool import MemoryBill, format_bytes, parse_bytes
 
 # What the allocator cannot use, because free blocks have other sizes than what is asked for, over what is in use.
 # Assumed: it depends on shapes and allocator; torch's memory_reserved() over memory_allocated() tells.
@@ -302,3 +303,37 @@ def estimate_memory(
         fragmentation=fragmentation,
         num_ranks_per_node=min(num_ranks, num_ranks_per_node),
     )
+
+
+def measured_budget(
+    monitor: MemoryMonitor,
+    device_memory: int | str,
+    *,
+    held: MemoryBill | None = None,
+    fragmentation: float = FRAGMENTATION,
+) -> int:
+    """Device bytes that an optimizer may take, from the peaks of a training that ran under ``monitor``.
+
+    Slots and resident states are there in every phase, so the phase with the least headroom decides.
+
+    Args:
+        device_memory: of the device, or the part of it to use, in bytes or as text ("80GiB").
+        held: the bill of the optimizer that ran, whose memory the next one has again; None where it took none.
+
+    Raises:
+        ValueError: before the first step under the monitor, without an accelerator, or if the training itself took more
+            than ``device_memory``.
+    """
+    capacity = parse_bytes(device_memory, "device_memory")
+    if capacity is None:
+        raise ValueError("device_memory=None is no size; give bytes or a text as '80GiB'")
+    phases = monitor.profile()
+    if not phases:
+        raise ValueError("no sample of any phase yet: run one training step under the monitor first")
+    left = min(monitor.headroom(phase, capacity) for phase in phases) + (0 if held is None else held.device_bytes)
+    if left < 0:
+        raise ValueError(
+            f"device_memory={device_memory!r} is less than training took at its peak; the least that would do is "
+            f"{format_bytes(capacity - left)}, without any state on the device"
+        )
+    return int(left / (1 + fragmentation))

@@ -90,10 +90,8 @@ def load_state(
 
     for index, param in params.items():
         state.pop(param, None)
-        if index in saved_state:
+        if index in saved_state:  # a parameter without an entry starts again at its next step
             state[param] = fill_entry(masters[param], saved_state[index])
-        elif param in masters:  # had made no step when the state was saved
-            masters[param].restart()
     for group, saved_group in zip(groups, state_dict["param_groups"], strict=True):
         group.update({key: value for key, value in saved_group.items() if key not in _NOT_LOADED})
 

@@ -174,13 +174,18 @@ def test_loading_its_own_state_changes_nothing() -> None:
     assert_unchanged(model, optimizer, before)
 
 
-def test_clearing_the_state_starts_again() -> None:
+@pytest.mark.parametrize("is_loaded", [False, True])
+def test_clearing_the_state_starts_again(is_loaded: bool) -> None:
     """As in torch: step counts and moments from zero, parameters as they are."""
     models = mlp(), mlp()
-    optimizers = make_ours(models[0]), make_torchs(models[1])
-    for model, optimizer in zip(models, optimizers, strict=True):
-        train(model, optimizer, steps=FIRST)
-        optimizer.state.clear()
+    optimizers: list[Any] = [make_ours(models[0]), make_torchs(models[1])]
+    for i, model in enumerate(models):
+        train(model, optimizers[i], steps=FIRST)
+        if is_loaded:
+            saved = copy.deepcopy(optimizers[i].state_dict())
+            optimizers[i] = (make_ours, make_torchs)[i](model)
+            optimizers[i].load_state_dict(saved)
+        optimizers[i].state.clear()
     assert_same_bits(train(models[0], optimizers[0], steps=REST), train(models[1], optimizers[1], steps=REST))
 
 

@@ -67,7 +67,7 @@ def test_stale_lock_does_not_hang(cache: Path, monkeypatch: pytest.MonkeyPatch, 
     """torch's build lock is a file that a killed build leaves behind."""
     source = tmp_path / "broken.cpp"
     source.write_text("this is not C++")
-    monkeypatch.setattr(sim_build, "_SOURCES", tmp_path)
+    monkeypatch.setattr(sim_build, "_SOURCE_DIRECTORIES", (tmp_path,))
     directory = sim_build.cache_directory([source])
     directory.mkdir(parents=True)
     (directory / "lock").touch()
@@ -79,7 +79,7 @@ def test_stale_lock_does_not_hang(cache: Path, monkeypatch: pytest.MonkeyPatch, 
 def test_unloadable_library_says_what_to_remove(cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     source = tmp_path / "empty.cpp"
     source.touch()
-    monkeypatch.setattr(sim_build, "_SOURCES", tmp_path)
+    monkeypatch.setattr(sim_build, "_SOURCE_DIRECTORIES", (tmp_path,))
     monkeypatch.setattr(sim_build, "_MODULE", "offload_sim_broken")
     directory = sim_build.cache_directory([source])
     directory.mkdir(parents=True)
@@ -90,6 +90,6 @@ def test_unloadable_library_says_what_to_remove(cache: Path, monkeypatch: pytest
 
 
 def test_installed_without_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(sim_build, "_SOURCES", tmp_path / "nowhere")
+    monkeypatch.setattr(sim_build, "_SOURCE_DIRECTORIES", (tmp_path / "nowhere",))
     with pytest.raises(RuntimeError, match="Use a checkout"):
         sim_build.load_extension()

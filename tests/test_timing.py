@@ -1,4 +1,4 @@
-"""Measured spans: what ran when, and the rates that follow."""
+"""Measured spans: what ran when, and what was done in that time."""
 
 from __future__ import annotations
 
@@ -10,56 +10,33 @@ import torch
 from offload.lanes import Lanes, Work
 from offload.lanes.accelerator import accelerator_lanes
 from offload.lanes.inline import inline_lanes
-from offload.perf_model import Rates
 from offload.subgroup import Subgroup
 from offload.timeline import Span
-from offload.timing import StepTimer, measured_rates
+from offload.timing import StepTimer, work_of
 
 SUBGROUPS = [Subgroup(0, 100, 200, 1200), Subgroup(1, 300, 600, 3600)]
 
 
-def spans(*durations: tuple[str, float]) -> list[Span]:
-    return [Span("some lane", name, 1.0, 1.0 + duration) for name, duration in durations]
+# ---- work
 
 
-# Powers of two, so that sums and quotients are exact.
-BOTH_SIDES = spans(
-    ("D0@0", 0.5), ("C0@0", 0.25), ("U0@0", 0.125), ("P1@0", 2.0), ("G1@0", 0.5), ("F1@0", 4.0), ("R1", 8.0)
-)
+def test_work_by_lane() -> None:
+    """Bytes of the state, of the gradient or of the parameters where something is copied; parameters where updated."""
+    found = work_of(
+        [
+            Span("d2h", "D0@0", 0.0, 0.5), Span("d2h", "F1@0", 4.0, 8.0), Span("host", "C0@0", 0.5, 0.75),
+            Span("h2d", "U0@0", 2.0, 2.125), Span("h2d", "P1@0", 0.0, 2.0), Span("compute", "G1@0", 2.0, 2.5),
+            Span("compute", "R1", 2.5, 10.5),
+        ],
+        SUBGROUPS,
+    )  # fmt: skip
+    assert found == {
+        "host": (100, 0.25), "compute": (600, 8.5), "h2d": (200 + 3600, 2.125), "d2h": (200 + 3600, 4.5),
+    }  # fmt: skip
 
 
-# ---- rates
-
-
-def test_rates() -> None:
-    assert measured_rates(BOTH_SIDES, SUBGROUPS) == Rates(
-        h2d_bytes_per_s=3600 / 2.0,
-        d2h_bytes_per_s=3600 / 4.0,
-        host_update_params_per_s=100 / 0.25,
-        device_update_params_per_s=300 / 0.5,
-    )
-
-
-def test_rates_are_of_sums() -> None:
-    rates = measured_rates([*BOTH_SIDES, *spans(("C1@1", 0.25), ("P0@1", 1.0))], SUBGROUPS)
-    assert rates is not None
-    assert rates.host_update_params_per_s == 400 / 0.5
-    assert rates.h2d_bytes_per_s == 4800 / 3.0
-
-
-@pytest.mark.parametrize("missing", ["P", "F", "C", "G"])
-def test_no_rates_without_both_sides(missing: str) -> None:
-    assert measured_rates([span for span in BOTH_SIDES if span.name[0] != missing], SUBGROUPS) is None
-
-
-@pytest.mark.parametrize("instant", ["P1@0", "F1@0", "C0@0", "G1@0"])
-def test_no_rates_from_what_took_no_time(instant: str) -> None:
-    without = [span for span in BOTH_SIDES if span.name != instant]
-    assert measured_rates([*without, *spans((instant, 0.0))], SUBGROUPS) is None
-
-
-def test_no_rates_from_nothing() -> None:
-    assert measured_rates([], SUBGROUPS) is None
+def test_no_work_in_nothing() -> None:
+    assert work_of([], SUBGROUPS) == {}
 
 
 # ---- the timer

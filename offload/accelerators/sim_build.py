@@ -21,7 +21,9 @@ import torch
 logger = logging.getLogger(__name__)
 
 _MODULE = "offload_sim"
-_SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "sim"
+_PACKAGE = Path(__file__).resolve().parents[1]
+# In a checkout, and in an installed package (setup.py maps one to the other).
+_SOURCE_DIRECTORIES = (_PACKAGE.parent / "csrc" / "sim", _PACKAGE / "csrc_sim")
 # torch's headers take the time to compile, not our code: optimising more makes the device no faster.
 _FLAGS = ["-O1", "-g0", "-DAT_PER_OPERATOR_HEADERS"]
 
@@ -61,13 +63,13 @@ def cache_directory(sources: list[Path]) -> Path:
 
 
 def _source_files() -> list[Path]:
-    sources = sorted(path for path in _SOURCES.glob("*") if path.suffix in (".cpp", ".h"))
-    if not sources:
-        raise RuntimeError(
-            f"no sources of the emulated device in {_SOURCES}: installed wheels do not carry them. Use a checkout "
-            "(pip install -e .)"
-        )
-    return sources
+    for directory in _SOURCE_DIRECTORIES:
+        if sources := sorted(path for path in directory.glob("*") if path.suffix in (".cpp", ".h")):
+            return sources
+    raise RuntimeError(
+        f"no sources of the emulated device in {' or '.join(map(str, _SOURCE_DIRECTORIES))}: this installation is "
+        f"incomplete; install the package again"
+    )
 
 
 @contextmanager
@@ -97,7 +99,7 @@ def _build(sources: list[Path], directory: Path) -> None:
                 _MODULE,
                 [str(unity)],
                 extra_cflags=_FLAGS,
-                extra_include_paths=[str(_SOURCES)],
+                extra_include_paths=[str(sources[0].parent)],
                 build_directory=str(directory),
             )
     except (RuntimeError, ImportError, OSError, subprocess.SubprocessError) as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from offload.calibrate import DEFAULT_NUMEL, calibrate
+from offload.calibration import DEFAULT_NUMEL, calibrate
 from offload.testing import sim
 
 
