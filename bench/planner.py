@@ -136,10 +136,10 @@ def _optimizer(**arguments: Any) -> offload.AdamW:
     return offload.AdamW(params, subgroup_numel=NUMEL, **arguments)
 
 
-def _emulate() -> None:
+def _emulate(link_bytes_per_s: float) -> None:
     sim.load()
     sim.configure("threads", capacity="3GiB", races=False, poison=False)
-    sim.set_profile(h2d_bytes_per_s=LINK_BYTES_PER_S, d2h_bytes_per_s=LINK_BYTES_PER_S)
+    sim.set_profile(h2d_bytes_per_s=link_bytes_per_s, d2h_bytes_per_s=link_bytes_per_s)
     torch.set_num_threads(1)
     set_num_threads(1)  # the other core is for the device's own updates and copies
 
@@ -174,7 +174,7 @@ def emulated() -> dict[str, Any]:
     Rates are those of another plan, every other subgroup on the device. Plans take turns, so that whatever else this
     machine does meets all of them.
     """
-    _emulate()
+    _emulate(LINK_BYTES_PER_S)
     cases: dict[str, tuple[offload.AdamW, Plan]] = {}
     budget = 12 * NUMEL * (NUM_SUBGROUPS // 3 + 2)
     optimizers = [_optimizer(plan="auto"), _optimizer(plan="auto", device_budget=budget)]
@@ -203,7 +203,7 @@ def emulated() -> dict[str, Any]:
 
 def online() -> dict[str, Any]:
     """Start profiles that are off by 2x in every rate: links too fast and cores too slow, and the other way round."""
-    _emulate()
+    _emulate(2 * LINK_BYTES_PER_S)  # fast enough that some subgroups are to visit
     optimizer = _optimizer(plan="auto")
     right = _rates_of(_timed_step(optimizer, optimizer.plan))
     del optimizer

@@ -91,5 +91,5 @@ def test_unloadable_library_says_what_to_remove(cache: Path, monkeypatch: pytest
 
 def test_installed_without_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sim_build, "_SOURCE_DIRECTORIES", (tmp_path / "nowhere",))
-    with pytest.raises(RuntimeError, match="Use a checkout"):
+    with pytest.raises(RuntimeError, match="install the package again"):
         sim_build.load_extension()
