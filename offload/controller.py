@@ -158,7 +158,9 @@ class Controller:
         predicted_s = None if before is None else self._predict_s(ran, before)
         self._take_in(measurement, ran)
         rates = self.rates
-        if rates is None:
+        if rates is None:  # not both sides were measured: forgotten, so that a log of decisions is all there is
+            for window in self._windows.values():
+                window.clear()
             self._next_step = measurement.step + 1
             return None
         choice = self._choose(ran, rates)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,7 +51,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live_bytes -= num_bytes
 
 
-def trace_module(build: Build, inputs: Inputs, *, name: str = "module") -> ModelCost:
+def trace_module(build: Build, inputs: Inputs, *, name: str = "module", device: str = "cpu") -> ModelCost:
     """Run forward and backward of ``build()`` on ``inputs()``, without memory, and say what they take.
 
     The loss is the mean of everything differentiable that the module returns, or its ``loss`` where it has one. Modules
@@ -61,6 +61,7 @@ def trace_module(build: Build, inputs: Inputs, *, name: str = "module") -> Model
     Args:
         build: makes the module; called with ``meta`` as torch's default device, so it allocates nothing.
         inputs: makes the positional arguments of its forward; called under ``FakeTensorMode``.
+        device: whose kernels are chosen among those that do the same, and so what they save for backward.
 
     Raises:
         ValueError: if the module cannot run so, or has no trainable parameter.
@@ -69,14 +70,15 @@ def trace_module(build: Build, inputs: Inputs, *, name: str = "module") -> Model
         with torch.device("meta"):
             module = build()
         with FakeTensorMode():
-            _make_fake(module)
-            return _trace(module, inputs(), name)
+            _make_fake(module, device)
+            arguments = [item.to(device) if isinstance(item, Tensor) else item for item in inputs()]
+            return _trace(module, arguments, name)
     except (RuntimeError, NotImplementedError) as error:
         raise ValueError(f"{name} cannot run on tensors without values: {error}") from error
 
 
-def _make_fake(module: nn.Module) -> None:
-    """Replace parameters and buffers by fake ones on the CPU; those that are tied stay so."""
+def _make_fake(module: nn.Module, device: str) -> None:
+    """Replace parameters and buffers by fake ones on ``device``; those that are tied stay so."""
     fakes: dict[Tensor, Tensor] = {}
     for owner in module.modules():
         for tensors in (owner._parameters, owner._buffers):
@@ -84,14 +86,14 @@ def _make_fake(module: nn.Module) -> None:
                 if tensor is None:
                     continue
                 if tensor not in fakes:
-                    fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    fake = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
                     if isinstance(tensor, nn.Parameter):
                         fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
                     fakes[tensor] = fake
                 tensors[key] = fakes[tensor]  # type: ignore[assignment]
 
 
-def _trace(module: nn.Module, arguments: tuple[Any, ...], name: str) -> ModelCost:
+def _trace(module: nn.Module, arguments: Sequence[Any], name: str) -> ModelCost:
     params = [param for param in module.parameters() if param.requires_grad]
     if not params:
         raise ValueError(f"{name} has no trainable parameter, so there is nothing to plan")
@@ -101,12 +103,15 @@ def _trace(module: nn.Module, arguments: tuple[Any, ...], name: str) -> ModelCos
         live.note(tensor)
     resting_bytes = live.live_bytes
     with live:
-        with _flops() as forward:
-            loss = _loss(module(*arguments), name)
+        loss = _loss(module(*arguments), name)
         saved_bytes = live.live_bytes - resting_bytes
         live.peak_bytes = live.live_bytes
-        with _flops() as backward:
-            torch.autograd.backward(loss)
+        torch.autograd.backward(loss)
+    module.zero_grad()
+    with _flops() as forward:  # a run of its own: counting holds on to what backward would free
+        loss = _loss(module(*arguments), name)
+    with _flops() as backward:
+        torch.autograd.backward(loss)
     grads_bytes = num_bytes
     end_bytes = resting_bytes + grads_bytes
     beyond = live.peak_bytes - max(resting_bytes + saved_bytes, end_bytes)
