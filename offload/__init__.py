@@ -1,7 +1,8 @@
 """CPU-GPU offloading for PyTorch: optimizer state in host memory, updated on both sides, with the same bits."""
 
-from offload.calibration import calibrate
-from offload.estimate import measured_budget
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from offload.gradients import NonFiniteGradientError
 from offload.hardware import HardwareProfile
 from offload.monitor import MemoryMonitor
@@ -11,7 +12,21 @@ from offload.plan import Op, OpKind, Placement, Plan, PlanError, lower
 from offload.policy import Static, Stride
 from offload.pool import BudgetError
 
+if TYPE_CHECKING:
+    from offload.calibration import calibrate
+    from offload.estimate import measured_budget
+
 __version__ = "0.1.0"
+
+# Imported when first asked for: a training script seldom does.
+_LAZY = {"calibrate": "offload.calibration", "measured_budget": "offload.estimate"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)
+
 
 __all__ = [
     "Adam",

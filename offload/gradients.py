@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 
 class NonFiniteGradientError(RuntimeError):
@@ -18,10 +20,15 @@ def all_finite(grads: Sequence[Tensor]) -> bool:
 
 
 class PendingScale:
-    """The factor that the next step multiplies gradients by, kept on their device until that step reads it."""
+    """The factor that the next step multiplies gradients by, kept on their device until that step reads it.
+
+    It belongs to the gradients it was computed for, as they were then: a later backward makes others, whose step it
+    must not touch (a skipped step and ``model.zero_grad()`` leave it behind).
+    """
 
     def __init__(self) -> None:
         self._scale: Tensor | None = None
+        self._belongs_to: list[tuple[StorageWeakRef, int]] = []
 
     def clip(
         self, grads: Sequence[Tensor], max_norm: float, norm_type: float, error_if_nonfinite: bool, foreach: bool | None
@@ -30,17 +37,37 @@ class PendingScale:
 
         Returns the norm before, as :func:`torch.nn.utils.clip_grad_norm_` does, with its order of operations.
         """
+        if not self._covers(grads):
+            self.forget()
         norm = torch.nn.utils.get_total_norm(grads, norm_type, error_if_nonfinite, foreach)
         if self._scale is not None:
             norm = norm * self._scale.to(norm.device)
         scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
         self._scale = scale if self._scale is None else scale * self._scale
+        # Weak, so that gradients are free to go. Addresses will not do: the allocator gives them out again.
+        self._belongs_to = [(_storage_of(grad), grad._version) for grad in grads]
         return norm
 
-    def take(self) -> float:
-        """The factor, once: the next step has none. Waits for the device if there is one."""
-        scale, self._scale = self._scale, None
-        return 1.0 if scale is None else float(scale)
+    def value(self, grads: Sequence[Tensor]) -> float:
+        """The factor for these gradients; 1 if it belongs to others. Waits for the device if there is one."""
+        if self._scale is None:
+            return 1.0
+        if not self._covers(grads):
+            if {_storage_of(grad) for grad in grads} & {storage for storage, _ in self._belongs_to}:
+                warnings.warn(
+                    "gradients were changed after clip_grad_norm_, so its coefficient is dropped: clip last, right "
+                    "before step()",
+                    stacklevel=5,
+                )
+            return 1.0
+        return float(self._scale)
 
     def forget(self) -> None:
-        self._scale = None
+        self._scale, self._belongs_to = None, []
+
+    def _covers(self, grads: Sequence[Tensor]) -> bool:
+        return self._belongs_to == [(_storage_of(grad), grad._version) for grad in grads]
+
+
+def _storage_of(grad: Tensor) -> StorageWeakRef:
+    return StorageWeakRef(grad.untyped_storage())  # type: ignore[no-untyped-call]

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from offload.candidates import Decision, decide, sampled
-from offload.estimate import MemoryEstimate, ModelCost, estimate_memory
+from offload.estimate import ZERO_STAGES, MemoryEstimate, ModelCost, estimate_memory
 from offload.hardware import HardwareProfile
 from offload.layout import resolve_subgroup_numel
 from offload.perf_model import Rates
@@ -37,6 +37,9 @@ class TrainingJob:
         cost: what the model takes in one step of one rank.
         subgroup_numel: parameters in a subgroup; None for the runtime's default.
         state_format: of the optimizer state, a key of :data:`STATE_BYTES`.
+
+    Raises:
+        ValueError: for a state format, ZeRO stage or number of ranks that is not possible.
     """
 
     cost: ModelCost
@@ -45,6 +48,14 @@ class TrainingJob:
     zero_stage: int = 3
     subgroup_numel: int | None = None
     state_format: str = "fp32"
+
+    def __post_init__(self) -> None:
+        if self.num_ranks < 1:
+            raise ValueError(f"num_ranks={self.num_ranks} is no number of ranks; give 1 or more")
+        if self.zero_stage not in ZERO_STAGES:
+            raise ValueError(f"zero_stage={self.zero_stage} is unknown; give one of {ZERO_STAGES}")
+        if self.state_format not in STATE_BYTES:
+            raise ValueError(f"state_format={self.state_format!r} is unknown; known are {', '.join(STATE_BYTES)}")
 
     @property
     def num_ranks_per_node(self) -> int:
@@ -143,10 +154,8 @@ def plan_job(job: TrainingJob, budgets: Budgets | None = None, *, num_slots: int
 
     Raises:
         BudgetError: if the model alone does not fit the device, or no plan fits the budgets, with the least that would.
-        ValueError: for a state format, ZeRO stage, number of ranks or subgroup size that is not possible.
+        ValueError: for a subgroup size that is not possible.
     """
-    if job.state_format not in STATE_BYTES:
-        raise ValueError(f"state_format={job.state_format!r} is unknown; known are {', '.join(STATE_BYTES)}")
     budgets = Budgets() if budgets is None else budgets
     if budgets.device_bytes is None:
         budgets = replace(budgets, device_bytes=_device_budget(job))

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from offload.adam import ParamSlice
 
@@ -35,6 +35,11 @@ def check_param(param: Tensor, name: str, device: torch.device) -> None:
         raise ValueError(
             f"parameter {name} is on {param.device} but this optimizer's device is {device}; "
             f"move the model to one device before constructing the optimizer, and leave it there"
+        )
+    if type(param) not in (Tensor, nn.Parameter) or type(param.data) is not Tensor:
+        raise ValueError(
+            f"parameter {name} is a {type(param.data).__name__}; only plain tensors can be offloaded: construct the "
+            f"optimizer over the local tensors, or before the model is wrapped"
         )
     if param.dtype not in PARAM_DTYPES:
         raise ValueError(

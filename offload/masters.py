@@ -47,6 +47,10 @@ class ParamHome:
     def _has_storage(self) -> bool:
         return self._storage is not None and self._storage.cdata == self.item.param.untyped_storage()._cdata
 
+    def recheck(self) -> None:
+        """Compare master and parameter before the next step, whoever changed which."""
+        self._version = -1
+
     def restart(self) -> None:
         """Make the state what it is before a first step. Nothing may be in flight."""
         self.item.within(self.actions.state[1:]).zero_()

@@ -118,7 +118,8 @@ class Adam(torch.optim.Optimizer):
 
     def _build(self) -> None:
         params = [p for group in self.param_groups for p in group["params"]]
-        device, options = next((p for p in params if p.requires_grad), params[0]).device, self._options
+        trainable = [p for p in params if p.requires_grad] or params
+        device, options = trainable[0].device if trainable else torch.device("cpu"), self._options
         if device.type == "cpu" and options.policy == "auto":
             options = Options("host", options.budgets, options.subgroup_numel, options.num_slots)
         total_numel = sum(p.numel() for p in params if p.requires_grad)
@@ -182,18 +183,19 @@ class Adam(torch.optim.Optimizer):
         if not params:
             warnings.warn("step() found no gradients, so it changed nothing: was backward() called?", stacklevel=4)
             return loss
-        grad_scale = self._grad_scale.take()
-        if not all_finite([param.grad for _, param in params if param.grad is not None]):
+        grads = [param.grad for _, param in params if param.grad is not None]
+        if not all_finite(grads):
             self._refuse_nonfinite(params)
             return loss
         self._refresh_masters()
-        self._run(params, grad_scale)
+        self._run(params, self._grad_scale.value(grads))
         return loss
 
     def _run(self, params: Sequence[GroupedParam], grad_scale: float) -> None:
         updates = updates_by_subgroup(
             params, self._masters, self.state, decoupled=self._decoupled, grad_scale=grad_scale
         )
+        self._grad_scale.forget()
         for _, param in params:
             self._count_step(param)
         self.runtime.step(updates)
@@ -262,7 +264,7 @@ class Adam(torch.optim.Optimizer):
         Returns torch's total norm, bit for bit, wherever subgroups are updated. The coefficient is multiplied in
         float32 inside the update instead of in a pass of its own, so ``param.grad`` keeps its values.
         """
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None and p.numel()]
         return self._grad_scale.clip(grads, max_norm, norm_type, error_if_nonfinite, foreach)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -374,12 +376,13 @@ class Adam(torch.optim.Optimizer):
         self.runtime.synchronize()
 
     def _name_of(self, param: Tensor) -> str:
-        return next(
+        names = (
             param_name(group, index, i)
             for index, group in enumerate(self.param_groups)
             for i, other in enumerate(group["params"])
             if other is param
         )
+        return next(names, "(in no group now)")
 
 
 class AdamW(Adam):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -58,6 +59,7 @@ def fill_entry(home: ParamHome, saved: Mapping[str, Any]) -> dict[str, Tensor]:
         else:
             assert name == "master"
             home.take_master()
+    home.recheck()  # the model's weights win over the checkpoint's masters, whichever was loaded first
     home.fresh = False
     return {"step": torch.tensor(float(saved["step"])), **views}
 
@@ -93,7 +95,8 @@ def load_state(
         if index in saved_state:  # a parameter without an entry starts again at its next step
             state[param] = fill_entry(masters[param], saved_state[index])
     for group, saved_group in zip(groups, state_dict["param_groups"], strict=True):
-        group.update({key: value for key, value in saved_group.items() if key not in _NOT_LOADED})
+        loaded = {key: value for key, value in saved_group.items() if key not in _NOT_LOADED}
+        group.update(copy.deepcopy(loaded))  # a tensor lr is edited in place
 
 
 def copy_entries(state: Mapping[Tensor, Mapping[str, Tensor]]) -> dict[Tensor, dict[str, Tensor]]:

@@ -171,6 +171,7 @@ class Pool:
         for old in (buffer for staging in self.stagings for buffer in (staging.grad, staging.param)):
             if old is not None and self._accelerator is not None:
                 self._tally.add(-old.nbytes)
+        self.stagings = []
         self.stagings = [Staging(i, self._bytes(param_bytes), self._bytes(param_bytes)) for i in range(num_stagings)]
 
     def _bytes(self, num_bytes: int) -> Tensor:

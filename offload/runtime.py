@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from offload.accelerators import accelerator_for
 from offload.adam import AdamSubgroup, SliceUpdate
 from offload.controller import Controller, Decision, Measurement
 from offload.executor import run_update
 from offload.homes import Homes, first_plan, settle
+from offload.kernels import default_implementation
 from offload.lanes import Lane, Lanes
 from offload.lanes.accelerator import StreamLane, accelerator_lanes
 from offload.lanes.inline import inline_lanes
@@ -63,6 +65,7 @@ class Runtime:
         self.accelerator = None if device.type == "cpu" else accelerator_for(device)
         self.lanes = lanes_for(device)
         self.pool = Pool(device, self.accelerator)
+        default_implementation(device)  # finds, compiles and tests the kernel now, not in the middle of a step
         self.subgroups: list[Subgroup] = []
         self.actions: list[AdamSubgroup] = []
         self.homes = Homes()
@@ -107,22 +110,34 @@ class Runtime:
         self._check_plan(plan, subgroups, homes)
 
         self.synchronize()
-        added_actions = []
-        for subgroup, item in zip(added, packed, strict=True):
-            if subgroup.index in homes.residents:
-                state = self.pool.device_state(num_state_rows, subgroup.numel)
-            else:
-                pinned = subgroup.index in homes.visitors
-                state = self.pool.host_state(num_state_rows, subgroup.numel, pinned=pinned)
-            subgroup.actions = AdamSubgroup(item.slices, item.dtype, state, self.accelerator)
-            added_actions.append(subgroup.actions)
-        streams = [lane.stream for lane in (self.lanes.h2d, self.lanes.d2h) if isinstance(lane, StreamLane)]
-        self.pool.set_slots(homes.num_slots, homes.slot_bytes(subgroups), streams)
-        self.pool.set_stagings(homes.num_staging, homes.staging_bytes(subgroups))
+        added_actions: list[AdamSubgroup] = []
+        try:
+            for subgroup, item in zip(added, packed, strict=True):
+                state = self._new_state(subgroup, homes, num_state_rows)
+                subgroup.actions = AdamSubgroup(item.slices, item.dtype, state, self.accelerator)
+                del state
+                added_actions.append(subgroup.actions)
+            self._set_buffers(homes, subgroups)
+        except BaseException:  # out of memory: what was there must go on working
+            added_actions.clear()
+            for subgroup in added:
+                subgroup.actions = None
+            self._set_buffers(self.homes, self.subgroups)
+            raise
         self.subgroups, self.homes, self.bill, self._plan = subgroups, homes, bill, plan
         self.controller = controller
         self.actions += added_actions
         return added_actions
+
+    def _new_state(self, subgroup: Subgroup, homes: Homes, num_rows: int) -> Tensor:
+        if subgroup.index in homes.residents:
+            return self.pool.device_state(num_rows, subgroup.numel)
+        return self.pool.host_state(num_rows, subgroup.numel, pinned=subgroup.index in homes.visitors)
+
+    def _set_buffers(self, homes: Homes, subgroups: Sequence[Subgroup]) -> None:
+        streams = [lane.stream for lane in (self.lanes.h2d, self.lanes.d2h) if isinstance(lane, StreamLane)]
+        self.pool.set_slots(homes.num_slots, homes.slot_bytes(subgroups), streams)
+        self.pool.set_stagings(homes.num_staging, homes.staging_bytes(subgroups))
 
     # ---- the plan
 

@@ -112,9 +112,7 @@ def _trace(module: nn.Module, arguments: Sequence[Any], name: str) -> ModelCost:
         loss = _loss(module(*arguments), name)
     with _flops() as backward:
         torch.autograd.backward(loss)
-    grads_bytes = num_bytes
-    end_bytes = resting_bytes + grads_bytes
-    beyond = live.peak_bytes - max(resting_bytes + saved_bytes, end_bytes)
+    beyond = live.peak_bytes - max(resting_bytes + saved_bytes, resting_bytes + num_bytes)
     return ModelCost(
         name=name,
         numel=numel,

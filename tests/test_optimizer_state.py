@@ -331,3 +331,35 @@ def test_loading_waits_for_no_gradient() -> None:
         optimizer.load_state_dict(saved)
         optimizer.step()
     assert_same_bits(*map(snapshot, models))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_models_weights_win_over_a_checkpoints_masters(dtype: torch.dtype) -> None:
+    """Whichever is loaded first: edited, averaged or newer weights must not fall back to what the masters held."""
+    results = []
+    for model_first in (True, False):
+        source = nn.Parameter(torch.linspace(-1, 1, 64).to(dtype))
+        optimizer = offload.AdamW([source], lr=0.0, weight_decay=0.0)
+        source.grad = torch.ones_like(source)
+        optimizer.step()
+        checkpoint = copy.deepcopy(optimizer.state_dict())
+
+        weight = nn.Parameter(torch.zeros(64, dtype=dtype))
+        loaded = offload.AdamW([weight], lr=0.0, weight_decay=0.0)
+        edits = [lambda w=weight: w.detach().fill_(3.0), lambda o=loaded, c=checkpoint: o.load_state_dict(c)]
+        for edit in edits if model_first else reversed(edits):
+            edit()
+        weight.grad = torch.ones_like(weight)
+        loaded.step()
+        results.append(weight.detach())
+    assert_same_bits(results[0], torch.full((64,), 3.0, dtype=dtype))
+    assert_same_bits(*results)
+
+
+def test_loading_shares_no_hyper_parameter_with_the_checkpoint() -> None:
+    weight = nn.Parameter(torch.zeros(64))
+    saved = offload.AdamW([weight], lr=torch.tensor(0.1))
+    other = offload.AdamW([nn.Parameter(torch.zeros(64))], lr=0.5)
+    other.load_state_dict(saved.state_dict())
+    saved.param_groups[0]["lr"].fill_(7.0)
+    assert float(other.param_groups[0]["lr"]) == pytest.approx(0.1)

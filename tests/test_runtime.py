@@ -301,7 +301,8 @@ def test_auto_measures_and_plans_anew(sim: ModuleType, caplog: pytest.LogCapture
     assert ("of 4 subgroups visit the device" in caplog.text) == (built.plan != first)
     all_host, all_device = (lower([where] * 4, num_slots=2, num_staging=2) for where in (HOST, DEVICE))
     chosen_s = built.simulate(built.rates).update_s
-    assert all(chosen_s <= built.simulate(built.rates, plan).update_s for plan in (first, all_host, all_device))
+    least_s = min(built.simulate(built.rates, plan).update_s for plan in (first, all_host, all_device))
+    assert chosen_s <= least_s / (1 - HYSTERESIS)
     built.step(updates_of(built))
     built.synchronize()
     assert sim.races() == []

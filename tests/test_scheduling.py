@@ -45,7 +45,9 @@ def test_short_transfers_do_not_queue_behind_states(link: float, cores: float) -
     rates = Rates(link, link, cores, 1e15)
     in_order_of_time = schedule(placements, subgroups, rates, num_slots=3, num_staging=8)
     without_rates = lower(placements, num_slots=3, num_staging=8)
-    assert predict(in_order_of_time, subgroups, rates).update_s < 0.95 * predict(without_rates, subgroups, rates).update_s
+    assert (
+        predict(in_order_of_time, subgroups, rates).update_s < 0.95 * predict(without_rates, subgroups, rates).update_s
+    )
 
 
 def test_operations_stand_in_the_order_of_their_starts() -> None:

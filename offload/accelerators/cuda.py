@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import mmap
@@ -16,6 +17,7 @@ from offload.accelerators.base import Accelerator, round_up_to_page
 logger = logging.getLogger(__name__)
 
 _CUDA_SUCCESS = 0
+_PORTABLE = 1  # cudaHostRegisterPortable: page-locked for every context of the process
 
 
 class CudaAccelerator(Accelerator):
@@ -29,13 +31,16 @@ class CudaAccelerator(Accelerator):
         Where CUDA refuses to register it (memlock limit, container), torch's own pinned allocator is asked instead.
         """
         num_bytes = round_up_to_page(num_bytes)
-        pages = mmap.mmap(-1, num_bytes)  # anonymous, page-aligned
+        pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # page-aligned
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            pages.madvise(mmap.MADV_HUGEPAGE)  # before the pages are touched, which registering does
         address = ctypes.addressof(ctypes.c_char.from_buffer(pages))
         with torch.cuda.device(self.device):
             cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-            error = int(cudart.cudaHostRegister(address, num_bytes, 0))
+            error = int(cudart.cudaHostRegister(address, num_bytes, _PORTABLE))
         if error == _CUDA_SUCCESS:
-            return _tensor_over(pages, cudart, address)
+            return _tensor_over(pages, cudart, address, self.device)
+        _clear_last_error(self.device)
         if not CudaAccelerator._has_warned:
             CudaAccelerator._has_warned = True
             logger.warning(
@@ -47,18 +52,26 @@ class CudaAccelerator(Accelerator):
         return super().pinned_empty(num_bytes)
 
 
-def _tensor_over(pages: mmap.mmap, cudart: Any, address: int) -> Tensor:
+def _tensor_over(pages: mmap.mmap, cudart: Any, address: int, device: torch.device) -> Tensor:
     """A tensor that keeps ``pages`` alive, and unregisters them when its storage dies.
 
     The storage holds the ctypes buffer, the buffer holds the mapping; every view of the tensor holds the storage. The
     finalizer runs before the mapping goes, and not at exit, when CUDA may be gone already.
     """
     buffer = (ctypes.c_uint8 * len(pages)).from_buffer(pages)
-    weakref.finalize(buffer, _unregister, cudart, address).atexit = False
+    weakref.finalize(buffer, _unregister, cudart, address, device).atexit = False
     return torch.frombuffer(buffer, dtype=torch.uint8)
 
 
-def _unregister(cudart: Any, address: int) -> None:
-    error = int(cudart.cudaHostUnregister(address))
+def _unregister(cudart: Any, address: int, device: torch.device) -> None:
+    with torch.cuda.device(device):  # the collector may call this on a thread that has used no device yet
+        error = int(cudart.cudaHostUnregister(address))
     if error != _CUDA_SUCCESS:
         logger.warning("cudaHostUnregister failed (error %d)", error)
+        _clear_last_error(device)
+
+
+def _clear_last_error(device: torch.device) -> None:
+    """A refused call leaves its error to the check after the next kernel launch: let an idle launch take it."""
+    with contextlib.suppress(RuntimeError):
+        torch.ones(1, device=device)

@@ -37,7 +37,7 @@ def _works(name: str) -> bool:
     if name == "torch":
         return True
     if name == "triton":
-        return importlib.util.find_spec("triton") is not None
+        return importlib.util.find_spec("triton") is not None and _triton_agrees()
     if name != "numba":
         kernel = native.load()
         return kernel is not None and name in kernel.isas
@@ -47,6 +47,23 @@ def _works(name: str) -> bool:
         logger.warning("The numba kernel can't be used: %s", error)
         return False
     return True
+
+
+def _triton_agrees() -> bool:
+    """Whether triton compiles here and gives the reference's bits; without a device there is nothing to try it on."""
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is None or device.type not in ("cuda", "xpu"):
+        return True
+    from offload.kernels import self_test, torch_reference, triton_kernel
+
+    try:
+        agrees = self_test.agree(triton_kernel.step, torch_reference.step, device)
+    except Exception as error:  # noqa: BLE001  triton compiles its launcher with a C compiler, which may be missing
+        logger.warning("The triton kernel can't be used, torch serves instead, slower: %s", error)
+        return False
+    if not agrees:
+        logger.warning("The triton kernel gives other bits than the reference on %s and is not used.", device)
+    return agrees
 
 
 def is_available(name: str, device_type: str) -> bool:

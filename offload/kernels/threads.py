@@ -41,7 +41,9 @@ def set_num_threads(count: int | None) -> None:
 def _usable_processors() -> int:
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _cgroup_processors(Path("/sys/fs/cgroup/cpu.max"))
-    return available if quota is None else max(1, min(available, quota))
+    available = available if quota is None else max(1, min(available, quota))
+    # Launchers of several ranks (torchrun, deepspeed) bind nobody: each rank takes its share.
+    return max(1, available // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def _cgroup_processors(cpu_max: Path) -> int | None:

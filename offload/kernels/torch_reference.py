@@ -16,7 +16,7 @@ from offload.kernels.scalars import AdamScalars
 # Temporaries are some twenty times a chunk. On the CPU a chunk also stays below the size from which torch splits an
 # operation over threads whose floating-point mode we don't know.
 CPU_CHUNK_NUMEL = 1 << 14
-DEVICE_CHUNK_NUMEL = 1 << 22
+DEVICE_CHUNK_NUMEL = 1 << 20
 
 
 def fma(a: Tensor, b: Tensor | float, c: Tensor) -> Tensor:

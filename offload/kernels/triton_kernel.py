@@ -35,7 +35,8 @@ def _to_bfloat16(x):  # type: ignore[no-untyped-def]
     return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+# Not specialised on numel: every new residue would compile anew, in the middle of training.
+@triton.jit(do_not_specialize=["numel"])  # type: ignore[untyped-decorator]
 def _adam_kernel(  # type: ignore[no-untyped-def]
     master_ptr, exp_avg_ptr, exp_avg_sq_ptr, max_exp_avg_sq_ptr, grad_ptr, param_out_ptr, numel,
     grad_multiplier, l2_decay, param_decay, lerp_weight, beta2, one_minus_beta2, sqrt_bias_correction2, eps,

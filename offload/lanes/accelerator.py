@@ -89,7 +89,7 @@ class HostLane:
         self._accelerator = accelerator
         self._error: BaseException | None = None
         self._worker = ThreadPoolExecutor(
-            max_workers=1, thread_name_prefix="offload-host", initializer=accelerator.own_host_clock
+            max_workers=1, thread_name_prefix="offload-host", initializer=_start_worker, initargs=(accelerator,)
         )
 
     def submit(self, work: Work, after: Iterable[Event | None] = ()) -> Event:
@@ -121,6 +121,13 @@ class HostLane:
         except BaseException as error:
             self._error = error
             raise
+
+
+def _start_worker(accelerator: Accelerator) -> None:
+    # A new thread's device is number 0: waiting for an event from there would open a context on it, in every rank.
+    if accelerator.device.type != "cpu":
+        torch.accelerator.set_device_index(accelerator.device)
+    accelerator.own_host_clock()
 
 
 def accelerator_lanes(device: torch.device) -> Lanes:

@@ -1,0 +1,108 @@
+"""Whole jobs: what they need, what is predicted, what would help, and how long planning takes."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+
+import pytest
+
+from offload.estimate import SHAPES, ModelCost, transformer_cost
+from offload.hardware import HardwareProfile
+from offload.jobs import TrainingJob, equal_subgroups, plan_job
+from offload.perf_model import predict
+from offload.plan import Plan
+from offload.pool import BudgetError, Budgets
+
+NODE = HardwareProfile.load("h100-sxm-node")
+DESKTOP = HardwareProfile.load("rtx4090-desktop")
+
+
+def cost_of(name: str) -> ModelCost:
+    return transformer_cost(name, SHAPES[name], micro_batch=1, seq=2048)
+
+
+def test_subgroups_cover_the_ranks_parameters() -> None:
+    job = TrainingJob(cost_of("llama-7b"), NODE, num_ranks=4, subgroup_numel=10**8)
+    assert sum(s.numel for s in job.subgroups()) == job.rank_numel == -(-job.cost.numel // 4)
+    assert max(s.numel for s in job.subgroups()) <= 10**8
+    assert TrainingJob(cost_of("llama-7b"), NODE, 4, zero_stage=0).rank_numel == job.cost.numel
+
+
+def test_equal_subgroups() -> None:
+    subgroups = equal_subgroups(10, 4, 2, 12)
+    assert [(s.index, s.numel, s.param_bytes, s.state_bytes) for s in subgroups] == [
+        (0, 3, 6, 36), (1, 3, 6, 36), (2, 4, 8, 48),
+    ]  # fmt: skip
+
+
+def test_fewer_ranks_have_more_of_the_host() -> None:
+    job = TrainingJob(cost_of("llama-7b"), NODE, num_ranks=2)
+    assert job.rates().host_dram_bytes_per_s == 4 * replace(job, num_ranks=8).rates().host_dram_bytes_per_s
+    assert replace(job, num_ranks=1024).rates() == replace(job, num_ranks=8).rates()
+
+
+def test_the_plan_fits_the_device_in_every_phase() -> None:
+    found = plan_job(TrainingJob(cost_of("llama-13b"), NODE, num_ranks=8))
+    assert max(found.memory.peak_bytes.values()) <= NODE.device_memory_bytes
+    assert min(found.memory.headroom_bytes(NODE.device_memory_bytes).values()) >= 0
+    assert found.memory.bill == found.decision.best.homes.bill(found.job.subgroups())
+
+
+def test_a_model_that_does_not_fit_says_what_would_do() -> None:
+    with pytest.raises(BudgetError, match=r"llama-13b does not fit rtx4090-desktop: .* the least that would do is"):
+        plan_job(TrainingJob(cost_of("llama-13b"), DESKTOP))
+
+
+def test_the_step_is_the_plans() -> None:
+    found = plan_job(TrainingJob(cost_of("llama-7b"), NODE, num_ranks=8), Budgets(device_bytes=3 * 2**30))
+    rates, best = found.job.rates(), found.decision.best
+    assert predict(best.plan, found.job.subgroups(), rates).update_s == best.update_s
+    assert found.step.update_s <= best.update_s * (1 + 1e-9)
+    layers = found.job.cost.layers(NODE, found.memory.grad_bytes)
+    assert found.step.forward_s == pytest.approx(sum(layer.forward_s for layer in layers))
+
+
+def test_levers_name_what_binds() -> None:
+    """On a node whose host memory binds, memory and smaller states help, cores alone do not."""
+    found = plan_job(TrainingJob(cost_of("llama-13b"), NODE, num_ranks=8), Budgets(device_bytes=2 * 2**30))
+    assert found.decision.binds == "host memory"
+    update_s = {lever.name: lever.update_s for lever in found.levers}
+    before_s = found.decision.best.update_s
+    assert update_s["twice the host memory bandwidth"] < 0.8 * before_s
+    assert update_s["twice the cores"] > 0.95 * before_s
+    formats = [update_s[f"state_format {name}"] for name in ("split16", "bf16", "int8")]
+    assert before_s > formats[0] > formats[1] > formats[2]
+    assert [lever.update_s for lever in found.levers] == sorted(update_s.values())
+
+
+def test_smaller_states_are_planned_with() -> None:
+    whole = plan_job(TrainingJob(cost_of("llama-13b"), NODE, 8), Budgets(device_bytes=2 * 2**30))
+    small = plan_job(TrainingJob(cost_of("llama-13b"), NODE, 8, state_format="int8"), Budgets(device_bytes=2 * 2**30))
+    assert small.memory.bill.host_state_bytes < whole.memory.bill.host_state_bytes / 2
+    assert small.decision.best.update_s < whole.decision.best.update_s / 2
+    with pytest.raises(ValueError, match="state_format='fp8' is unknown; known are fp32, split16, bf16, int8"):
+        plan_job(TrainingJob(cost_of("llama-13b"), NODE, 8, state_format="fp8"))
+
+
+def test_json_holds_the_plan() -> None:
+    found = plan_job(TrainingJob(cost_of("llama-7b"), NODE, num_ranks=8), Budgets(device_bytes=3 * 2**30))
+    content = json.loads(json.dumps(found.as_dict()))
+    assert Plan.parse(content["plan"]["text"]) == found.decision.best.plan
+    assert content["memory"]["host"]["node_total"] == 8 * found.memory.bill.host_bytes
+    assert content["alternatives"][0]["name"] == found.decision.best.name
+
+
+def test_70_billion_in_1000_subgroups_and_a_trillion_over_1024_ranks() -> None:
+    """Processor seconds, which other work on this machine hardly changes: at most 1 and 10, with room for slow ones."""
+    big = replace(NODE.figures["device_memory_bytes"], value=400 * 10**9)
+    cost = cost_of("llama-70b")
+    job = TrainingJob(cost, NODE.with_figures(device_memory_bytes=big), subgroup_numel=-(-cost.numel // 1000))
+    start_s = time.process_time()
+    found = plan_job(job)
+    assert time.process_time() - start_s < 3
+    assert len(found.decision.best.plan.placements) == 1000
+    start_s = time.process_time()
+    plan_job(TrainingJob(cost_of("gpt-1t"), NODE, num_ranks=1024))
+    assert time.process_time() - start_s < 10

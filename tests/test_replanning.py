@@ -1,0 +1,64 @@
+"""The optimizer while it re-plans: the same bits, and a log that can be replayed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import offload
+from offload.controller import replay
+from tests.training import assert_same_bits, mlp, train
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
+# Nothing on the device pays by the first of these, everything by the second.
+LINK_IS_SLOW = offload.Rates(1e3, 1e3, 1e12, 1e12)
+CPU_IS_SLOW = offload.Rates(1e12, 1e12, 1e3, 1e12)
+
+
+@pytest.mark.parametrize("executor", ["sync", "lazy", "random"])
+@pytest.mark.parametrize("start", [LINK_IS_SLOW, CPU_IS_SLOW, None], ids=["link slow", "cpu slow", "measure"])
+def test_the_same_bits_before_during_and_after(sim: ModuleType, executor: str, start: offload.Rates | None) -> None:
+    expected = mlp(seed=3)
+    reference = train(expected, offload.AdamW(expected.parameters(), plan="host", lr=1e-2))
+    sim.configure(executor)
+    model = mlp(seed=3, device="sim")
+    optimizer = offload.AdamW(model.parameters(), lr=1e-2, subgroup_numel=200, profile=start)
+    plans = {str(optimizer.plan)}
+    trained = train(model, optimizer, before_step=lambda step: plans.add(str(optimizer.plan)))
+    assert len(plans) > 1, "nothing was re-planned, so nothing was tested"
+    assert_same_bits(trained, reference)
+    optimizer.synchronize()
+    assert sim.races() == []
+
+
+def test_the_log_of_a_training_is_replayed(sim: ModuleType, tmp_path: Path) -> None:
+    model = mlp(device="sim")
+    optimizer = offload.AdamW(model.parameters(), subgroup_numel=200, profile=CPU_IS_SLOW)
+    train(model, optimizer)
+    optimizer.save_decisions(tmp_path / "log")
+    again = replay(tmp_path / "log")
+    assert list(again.decisions) == list(optimizer.runtime.decisions)
+    text = optimizer.explain()
+    assert "update " in text
+    assert "(predicted " in text
+
+
+def test_there_are_no_decisions_to_save_without_choices() -> None:
+    model = mlp()
+    optimizer = offload.AdamW(model.parameters())
+    with pytest.raises(ValueError, match="no decisions: only plan='auto'"):
+        optimizer.save_decisions("log")
+
+
+def test_a_plan_of_the_users_own_ends_the_choosing(sim: ModuleType) -> None:
+    model = mlp(device="sim")
+    optimizer = offload.AdamW(model.parameters(), subgroup_numel=200)
+    train(model, optimizer, steps=range(3))
+    plan, num = optimizer.plan, len(optimizer.runtime.decisions)
+    optimizer.set_plan(plan)
+    train(model, optimizer, steps=range(3, 8))
+    assert optimizer.plan == plan
+    assert len(optimizer.runtime.decisions) == num
