@@ -18,7 +18,7 @@ import venv
 from pathlib import Path
 
 MINIMUM_PYTHON = (3, 10)
-MINIMUM_TORCH = (2, 9)
+MINIMUM_TORCH = (2, 10)
 TESTED_TORCH = "2.13.0"
 
 # Prints the version and whether torch was built for CUDA, or fails.
