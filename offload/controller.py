@@ -130,6 +130,10 @@ class Controller:
         self._homes = homes
         self._visitors = sorted(homes.visitors)
         self._windows: dict[str, deque[float]] = {lane: deque(maxlen=WINDOW) for lane in RATE_OF_LANE}
+        # Seconds a parameter takes the CPU: while nothing visits the device, and beside so many visits.
+        self._host_alone_s: deque[float] = deque(maxlen=WINDOW)
+        self._host_beside_s: deque[tuple[int, float]] = deque(maxlen=WINDOW)
+        self._num_device = 0  # of the plan that ran last
         # Measurements since a side was last measured; at first it never was.
         self._unseen = {Placement.HOST: PROBE_AFTER, Placement.DEVICE: PROBE_AFTER}
         self._num_settled = 0
@@ -145,10 +149,17 @@ class Controller:
     @property
     def rates(self) -> Rates | None:
         """What is believed now: measured where there is a measurement, else from the start; None without either."""
-        measured = {
-            RATE_OF_LANE[lane]: statistics.median(window) for lane, window in self._windows.items() if window
-        }  # fmt: skip
-        if len(measured) == len(RATE_OF_LANE):  # measured beside each other, so sharing is part of them
+        return self._rates_at(self._num_device)
+
+    def _rates_at(self, num_device: int) -> Rates | None:
+        """What is believed of a step with so many visits to the device; see [Note: what visits cost the CPU]."""
+        measured = {RATE_OF_LANE[lane]: statistics.median(window) for lane, window in self._windows.items() if window}
+        if self._host_alone_s and self._host_beside_s:
+            beside_s = statistics.median(seconds for _, seconds in self._host_beside_s)
+            alone_s = min(statistics.median(self._host_alone_s), beside_s)
+            per_visit_s = statistics.median(max(0.0, s - alone_s) / num for num, s in self._host_beside_s)
+            measured[RATE_OF_LANE["host"]] = 1 / (alone_s + per_visit_s * num_device)
+        if len(measured) == len(RATE_OF_LANE):  # measured beside each other, so other sharing is part of them
             return Rates(**measured)
         return None if self.start is None else replace(self.start, **measured)
 

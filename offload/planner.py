@@ -69,7 +69,7 @@ class Search:
         if homes.num_staging == 0 and homes.visitors:  # no buffers for CPU updates, so there is no choice
             num_device = len(homes.visitors)
         else:
-            num_device = _minimum(lambda num: self._share_s(homes, num), len(homes.visitors))
+            num_device = minimum(lambda num: self._share_s(homes, num), len(homes.visitors))
         name = f"{num_device} of {len(self.subgroups)} visit"
         return self.choice(name, homes, self.spread(homes, num_device))
 
@@ -103,7 +103,7 @@ def stride_plan(homes: Homes, num_subgroups: int, update_stride: int) -> Plan:
     return lower(placements, num_slots=homes.num_slots, num_staging=homes.num_staging)
 
 
-def _minimum(seconds_of: Callable[[int], float], highest: int) -> int:
+def minimum(seconds_of: Callable[[int], float], highest: int) -> int:
     """Where ``seconds_of`` is least in 0 to ``highest``, if it falls and then rises; of equals the smallest.
 
     Times a grid, then narrows down around its best point.
