@@ -67,4 +67,4 @@ def _why(decision: Decision) -> str:
         case "moved":
             return f"moved subgroups {list(decision.moved)} to the other side: the best share gains {gain:.1%}"
         case "probed":
-            return f"moved subgroups {list(decision.moved)} to measure a side that was long unused"
+            return f"moved subgroups {list(decision.moved)}, to measure what was not measured (for long)"

@@ -69,11 +69,12 @@ class Search:
         if homes.num_staging == 0 and homes.visitors:  # no buffers for CPU updates, so there is no choice
             num_device = len(homes.visitors)
         else:
-            num_device = minimum(lambda num: self._share_s(homes, num), len(homes.visitors))
+            num_device = minimum(lambda num: self.share_s(homes, num), len(homes.visitors))
         name = f"{num_device} of {len(self.subgroups)} visit"
         return self.choice(name, homes, self.spread(homes, num_device))
 
-    def _share_s(self, homes: Homes, num_device: int) -> float:
+    def share_s(self, homes: Homes, num_device: int) -> float:
+        """Predicted seconds of the update with ``num_device`` visits, evenly spread."""
         return self._predictor.predict(self.spread(homes, num_device)).update_s
 
 

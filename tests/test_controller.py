@@ -84,6 +84,15 @@ def test_within_5_percent_of_the_best_in_20_steps(start: Rates | None, seed: int
     assert update_s(plan) <= 1.05 * best_s()
 
 
+@pytest.mark.parametrize("host_dram", [40e9, 60e9, 90e9])
+@pytest.mark.parametrize("start", [None, off_by(2, 0.5), off_by(0.5, 2)], ids=str)
+def test_sides_that_slow_each_other_down(start: Rates | None, host_dram: float) -> None:
+    """Host memory binds: what the CPU does beside visits says little about what it does without."""
+    true = replace(TRUE, host_dram_bytes_per_s=host_dram)
+    plan = run(Controller(SUBGROUPS, HOMES, start), true=true)
+    assert update_s(plan, true) <= 1.06 * best_s(true)  # links share too, which a rate of each does not say
+
+
 def test_a_wrong_start_is_worth_correcting() -> None:
     """Else the test above would hold without a controller."""
     for start in (off_by(2, 0.5), off_by(0.5, 2)):
@@ -115,7 +124,7 @@ def test_a_lasting_change_of_the_machine_is_followed() -> None:
     controller = Controller(SUBGROUPS, HOMES, TRUE)
     plan = run(controller)
     assert update_s(plan, changed) > 1.1 * best_s(changed)
-    for step in range(NUM_STEPS, 120):
+    for step in range(NUM_STEPS, 60):
         if controller.wants(step):
             decision = controller.observe(measured(step, plan, changed), plan)
             assert decision is not None
@@ -129,13 +138,14 @@ def test_a_lasting_change_of_the_machine_is_followed() -> None:
 def test_few_subgroups_move_at_a_time() -> None:
     controller = Controller(SUBGROUPS, HOMES, off_by(8, 0.2))
     plan = controller.first_plan
-    for step in range(NUM_STEPS):
+    for step in range(NUM_STEPS):  # a probe without visits, and the way back from it, are no moves
         if controller.wants(step):
             decision = controller.observe(measured(step, plan, TRUE), plan)
             assert decision is not None
             changed = {i for i in range(NUM) if plan.placements[i] is not decision.plan.placements[i]}
             assert changed == set(decision.moved)
-            assert len(changed) <= NUM // 8
+            if decision.action != "probed" and controller.decisions[-2:][0].action != "probed":
+                assert len(changed) <= NUM // 8
             plan = decision.plan
 
 
@@ -214,7 +224,7 @@ def test_a_log_that_was_changed_is_told(tmp_path: Path) -> None:
     record = json.loads(first)
     record["measurement"]["work"]["host"][1] *= 10
     (tmp_path / "log").write_text("\n".join([header, json.dumps(record), *others]))
-    with pytest.raises(ValueError, match="with the measurement of step 1 the plan is now"):
+    with pytest.raises(ValueError, match=r"with the measurement of step \d the plan is now"):
         replay(tmp_path / "log")
 
 
