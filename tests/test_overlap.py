@@ -273,9 +273,6 @@ def test_two_models_wait_for_their_own(sim: ModuleType) -> None:
     assert sim.races() == []
 
 
-# ---- memory, life-times, errors
-
-
 @pytest.fixture
 def trained(sim: ModuleType) -> tuple[nn.Sequential, offload.AdamW]:
     """In flight: an overlapped step has just begun."""
@@ -284,6 +281,36 @@ def trained(sim: ModuleType) -> tuple[nn.Sequential, offload.AdamW]:
     optimizer = offload.AdamW(model.parameters(), plan=Stride(2), overlap="next_forward", **HYPER)
     train(model, optimizer, steps=range(2))
     return model, optimizer
+
+
+def test_the_training_stream_waits_too_where_another_reads_first(trained: tuple[nn.Sequential, offload.AdamW]) -> None:
+    from offload.testing import sim
+
+    model, optimizer = trained
+    side = torch.Stream("sim")
+    side.wait_stream(torch.accelerator.current_stream())
+    with side:
+        copies = [param.detach().clone() for param in model.parameters()]
+    loss_of(model, 2).backward()
+    torch.accelerator.synchronize()
+    assert all(torch.isfinite(copied).all() for copied in copies)
+    assert sim.races() == []
+    optimizer.synchronize()
+
+
+def test_who_reads_a_parameter_is_later_than_its_update(sim: ModuleType) -> None:
+    """In virtual time: a host thread that waits for the conductor goes on no earlier than that."""
+    sim.configure("sync")
+    model = mlp(device="sim")
+    optimizer = offload.AdamW(model.parameters(), plan="host", overlap="next_forward", **HYPER)
+    train(model, optimizer, steps=range(2))
+    for param in model.parameters():
+        param.detach()
+    now_s = sim.host_time_s()
+    assert now_s >= max(span.end_s for span in sim.trace() if span.engine == "host")
+
+
+# ---- memory, life-times, errors
 
 
 def test_gradients_are_freed_as_the_forward_goes(trained: tuple[nn.Sequential, offload.AdamW]) -> None:
