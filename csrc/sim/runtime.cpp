@@ -1,5 +1,7 @@
 #include "runtime.h"
 
+#include <c10/util/Exception.h>
+
 #include <algorithm>
 
 namespace sim {
@@ -28,6 +30,12 @@ Stream& Runtime::add_stream() {
 }
 
 Stream& Runtime::pool_stream() {
+  const bool is_shared = [&] {
+    Lock lock;
+    return num_streams_handed_out_++ >= kPoolSize;
+  }();
+  if (is_shared)
+    warn("more than " + std::to_string(kPoolSize) + " streams: this one is also another, whose work it waits for");
   Lock lock;
   if (streams_.size() <= kPoolSize) return add_stream();
   return *streams_[1 + next_in_pool_++ % kPoolSize];
@@ -42,6 +50,13 @@ void Runtime::configure(const Settings& settings) {
   stop_workers();
   Lock lock;
   random_.seed(settings.seed);
+  script_ = settings.script;
+  choices_.clear();
+  asleep_.clear();
+  is_in_vain_ = false;
+  warnings_.clear();
+  warned_.clear();
+  num_streams_handed_out_ = 0;
   races_on_ = settings.races;
   poison_ = settings.poison;
   detector_.clear();
@@ -63,7 +78,8 @@ void Runtime::enqueue(Stream& stream, Operation operation) {
   const NameId site = races_on_ && !operation.is_bookkeeping ? call_site() : 0;  // before the lock: it takes the GIL
   Lock lock;
   charge(stream, operation, site);
-  submit(stream, Item{Item::Kind::kRun, operation.name, std::move(operation.run), nullptr, operation.cost});
+  submit(stream, Item{Item::Kind::kRun, operation.name, std::move(operation.run), nullptr, operation.cost,
+                      std::move(operation.accesses)});
 }
 
 void Runtime::charge(Stream& stream, const Operation& operation, NameId call_site) {
@@ -78,10 +94,8 @@ void Runtime::charge(Stream& stream, const Operation& operation, NameId call_sit
   }
   const uint64_t tick = stream.clock.advance(stream.component);
   if (!races_on_) return;
-  const Access access{stream.component, tick, stream.id, operation.name, call_site};
-  for (const bool is_write : {true, false})  // bytes that are read and written are reported as written
-    for (const ByteRange& range : operation.accesses)
-      if (range.is_write == is_write) detector_.check(access, stream.clock, range);
+  const Access access{stream.component, tick, stream.id, operation.name, call_site, operation.access_kind};
+  detector_.check(access, stream.clock, operation.accesses);
 }
 
 EventPtr Runtime::record(Stream& stream) {
@@ -92,7 +106,7 @@ EventPtr Runtime::record(Stream& stream) {
   event->position = stream.num_submitted + 1;
   event->time_s = std::max(stream.time_s, host().time_s);
   event->clock = stream.clock;
-  submit(stream, Item{Item::Kind::kRecord, 0, nullptr, event, {}});
+  submit(stream, Item{Item::Kind::kRecord, 0, nullptr, event, {}, {}});
   return event;
 }
 
@@ -100,10 +114,11 @@ void Runtime::wait(Stream& stream, const EventPtr& event) {
   Lock lock;
   stream.time_s = std::max(stream.time_s, event->time_s);
   stream.clock.join(event->clock);
-  submit(stream, Item{Item::Kind::kWait, 0, nullptr, event, {}});
+  submit(stream, Item{Item::Kind::kWait, 0, nullptr, event, {}, {}});
 }
 
 void Runtime::submit(Stream& stream, Item item) {
+  const bool is_work = item.kind == Item::Kind::kRun;
   stream.queue.push_back(std::move(item));
   stream.num_submitted++;
   if (executor_ == Executor::kSync) {
@@ -113,6 +128,8 @@ void Runtime::submit(Stream& stream, Item item) {
     stream.wake.notify_one();
   } else if (executor_ == Executor::kRandom) {
     run_random();
+  } else if (executor_ == Executor::kSystematic && is_work) {
+    explore(nullptr, 0);
   }
 }
 
@@ -154,6 +171,7 @@ void Runtime::synchronize() {
 bool Runtime::query(Stream& stream) {
   Lock lock;
   const bool is_cooperative = executor_ != Executor::kThreads;
+  asleep_.clear();  // what runs below was not chosen
   if (stream.num_done < stream.num_submitted && is_cooperative) run_needed(stream, stream.num_done + 1);
   if (stream.num_done < stream.num_submitted) return false;
   join_host(stream.clock, stream.time_s);
@@ -162,6 +180,7 @@ bool Runtime::query(Stream& stream) {
 
 bool Runtime::query(const EventPtr& event) {
   Lock lock;
+  asleep_.clear();
   if (!event->is_done && executor_ != Executor::kThreads) run_needed(*event->stream, event->stream->num_done + 1);
   if (event->is_done) join_host(event->clock, event->time_s);
   return event->is_done;
@@ -180,9 +199,10 @@ void Runtime::host_access(const ByteRange& range, const std::string& name) {
   if (!races_on_) return;
   const NameId site = call_site();
   Lock lock;
+  if (executor_ == Executor::kSystematic) explore(nullptr, 0);
   HostClock& host = this->host();
   const uint64_t tick = host.clock.advance(host.component);
-  detector_.check({host.component, tick, kHostStream, intern(name), site}, host.clock, range);
+  detector_.check({host.component, tick, kHostStream, intern(name), site}, host.clock, {range});
 }
 
 void Runtime::host_charge(double seconds, const std::string& name) {
@@ -223,6 +243,45 @@ void Runtime::host_join(const HostMark& mark) {
 void Runtime::forget_accesses(uintptr_t begin, uintptr_t end) {
   Lock lock;
   detector_.forget(begin, end);
+}
+
+void Runtime::mark_fresh(uintptr_t begin, uintptr_t end) {
+  if (!races_on_) return;
+  Lock lock;
+  detector_.mark_fresh(begin, end);
+}
+
+uint64_t Runtime::last_write(const Footprint& bytes) {
+  Lock lock;
+  return detector_.last_write(bytes);
+}
+
+void Runtime::count_host_wait(const char* reason) {
+  num_host_waits_++;
+  check_may_wait(reason);
+}
+
+void Runtime::check_may_wait(const char* reason) {
+  TORCH_CHECK(num_forbidding_ == 0 || own_host_of_thread, "sim: ", reason,
+              " makes the host wait, inside sim.forbid_sync()");
+}
+
+void Runtime::warn(const std::string& text) {
+  const NameId site = call_site();
+  const std::string warning = site ? text + " (" + name_of(site) + ")" : text;
+  Lock lock;
+  if (warned_.insert(warning).second) warnings_.push_back(warning);
+}
+
+std::vector<std::string> Runtime::warnings() {
+  Lock lock;
+  return warnings_;
+}
+
+void Runtime::report(const std::string& text) {
+  const NameId site = call_site();
+  Lock lock;
+  detector_.add_report(site ? text + " (" + name_of(site) + ")" : text);
 }
 
 std::vector<std::string> Runtime::races() {

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import gc
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -23,23 +24,29 @@ from offload.accelerators.sim_build import load_extension
 __all__ = [
     "Executor",
     "TraceSpan",
+    "choices",
     "clear_races",
     "configure",
     "counts",
+    "forbid_sync",
     "host_access",
     "host_charge",
     "host_join",
     "host_mark",
     "host_time_s",
+    "last_write",
     "load",
     "own_host_clock",
     "races",
+    "report",
     "reset",
+    "seed_of",
     "set_profile",
     "trace",
+    "warnings",
 ]
 
-Executor = Literal["sync", "threads", "lazy", "eager", "random"]
+Executor = Literal["sync", "threads", "lazy", "eager", "random", "systematic"]
 
 _EXECUTORS: tuple[Executor, ...] = get_args(Executor)
 _ENGINES = ("compute", "h2d", "d2h", "host")
@@ -56,6 +63,8 @@ _DEFAULT_PROFILE = {
     "latency_s": 5e-6,
     "launch_s": 4e-6,
 }
+
+_CHOICE_BITS = 6  # of a seed of "systematic": the host and 33 streams at most are what a choice is among
 
 _extension: Any = None
 
@@ -159,8 +168,9 @@ def configure(
     Args:
         executor: the order in which enqueued work really runs. "sync": at once. "threads": a thread per stream, links
             as slow as the profile says. "lazy": as late as the host's waits allow. "eager": other streams first.
-            "random": any order that events allow, drawn from ``seed``.
-        seed: of "random".
+            "random": any order that events allow, drawn from ``seed``. "systematic": the one order that ``seed`` names,
+            as :func:`offload.testing.explore` found it.
+        seed: of "random" and "systematic".
         capacity: device memory, in bytes or as "1GiB"; None leaves it as it is (1 GiB at first).
         races: look for accesses that nothing orders.
         poison: fill memory with NaN when it is freed, in stream order.
@@ -174,7 +184,26 @@ def configure(
     extension = _loaded()
     if capacity is not None:
         _set_capacity(extension, _parse_bytes(capacity))
-    extension.configure(_EXECUTORS.index(executor), seed, races, poison)
+    is_scripted = executor == "systematic"
+    script = _choices_of(seed) if is_scripted else []
+    extension.configure(_EXECUTORS.index(executor), 0 if is_scripted else seed, script, races, poison)
+
+
+def choices() -> list[tuple[int, int | None]]:
+    """What "systematic" chose so far, and for each choice the next that makes a difference; see ``explore``."""
+    return [tuple(choice) for choice in _loaded().choices()]
+
+
+def seed_of(chosen: Sequence[int]) -> int:
+    """The seed of "systematic" that makes these choices."""
+    return sum(choice << _CHOICE_BITS * i for i, choice in enumerate(chosen))
+
+
+def _choices_of(seed: int) -> list[int]:
+    if seed < 0:
+        raise ValueError(f"seed of 'systematic' must not be negative, got {seed}: use one that explore() printed")
+    digits = range(-(-seed.bit_length() // _CHOICE_BITS))
+    return [seed >> _CHOICE_BITS * i & (1 << _CHOICE_BITS) - 1 for i in digits]
 
 
 def reset() -> None:
@@ -211,13 +240,47 @@ def set_profile(
 
 
 def races() -> list[str]:
-    """What the race detector found, a sentence each: both operations, their streams and their Python call sites."""
+    """What is wrong with the program, a sentence each: accesses that nothing orders, with both operations, their
+    streams, the Python lines they came from and the bytes they share; memory freed while another stream may use it;
+    reads of device memory that nothing has written.
+    """
     return list(_loaded().races())
 
 
 def clear_races() -> None:
     """Forget the races found so far."""
     _loaded().clear_races()
+
+
+def warnings() -> list[str]:
+    """What is right, but hardly meant, since :func:`configure`: copies asked not to block that do, because their host
+    memory is not pinned; more streams than the device has, so that two are one.
+    """
+    return list(_loaded().warnings())
+
+
+@contextmanager
+def forbid_sync() -> Iterator[None]:
+    """Inside it, whatever makes the host wait for the device raises RuntimeError where it stands: synchronizing,
+    blocking copies, ``.item()``, operators whose shapes depend on data. Threads with a host clock of their own
+    (:func:`own_host_clock`) may wait all the same: that is their work.
+    """
+    extension = _loaded()
+    extension.forbid_sync(True)
+    try:
+        yield
+    finally:
+        extension.forbid_sync(False)
+
+
+def last_write(tensor: Tensor) -> int:
+    """A number that grows with every write to the bytes of ``tensor``, whichever tensor it went through; 0 for none."""
+    return int(_loaded().last_write(tensor))
+
+
+def report(text: str) -> None:
+    """Add to :func:`races`, with the Python line that this is called from, for a check of one's own."""
+    _loaded().report(text)
 
 
 def counts() -> tuple[int, int]:
@@ -245,10 +308,8 @@ def host_charge(seconds: float, name: str = "host work") -> None:
 
 def host_access(tensor: Tensor, write: bool, name: str) -> None:
     """Tell the race detector that the calling thread now reads (or writes) ``tensor`` from the host."""
-    if tensor.numel() == 0:
-        return
-    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    _loaded().host_access(tensor.data_ptr(), span * tensor.element_size(), write, name)
+    if tensor.numel():
+        _loaded().host_access(tensor, write, name)
 
 
 def own_host_clock() -> None:
