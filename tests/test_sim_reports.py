@@ -99,7 +99,7 @@ def test_copies_may_carry_padding(sim: ModuleType) -> None:
 def test_use_after_storage_was_freed(sim: ModuleType) -> None:
     x = torch.ones(1000, device="sim")
     x.untyped_storage().resize_(0)
-    with pytest.raises(RuntimeError, match="use after free: a tensor needs 4000 bytes of a storage .* resized to 0"):
+    with pytest.raises(RuntimeError, match=r"use after free: a tensor needs 4000 bytes of a storage .* resized to 0"):
         x + 1
 
 

@@ -28,16 +28,19 @@ void set_profile(const std::map<std::string, double>& rates) {
                                                  {"memory_bytes_per_s", &profile.memory_bytes_per_s},
                                                  {"flops", &profile.flops},
                                                  {"latency_s", &profile.latency_s},
-                                                 {"launch_s", &profile.launch_s}};
+                                                 {"launch_s", &profile.launch_s},
+                                                 {"both_bytes_per_s", &profile.both_bytes_per_s},
+                                                 {"host_bytes_per_h2d_byte", &profile.host_bytes_per_h2d_byte},
+                                                 {"host_bytes_per_d2h_byte", &profile.host_bytes_per_d2h_byte}};
   for (auto& [name, value] : rates) *fields.at(name) = value;
   Runtime::get().set_profile(profile);
 }
 
 py::list trace() {
   py::list rows;
-  for (const Span& span : Runtime::get().spans())
+  for (const TaskPtr& task : Runtime::get().spans())
     rows.append(
-        py::make_tuple(name_of(span.name), span.stream, static_cast<int>(span.engine), span.start_s, span.end_s));
+        py::make_tuple(name_of(task->name), task->stream, static_cast<int>(task->engine), task->start_s, task->end_s));
   return rows;
 }
 
@@ -91,7 +94,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("warnings", [] { return Runtime::get().warnings(); });
   m.def("forbid_sync", [](bool is_forbidden) { Runtime::get().forbid_sync(is_forbidden); });
   m.def("report", [](const std::string& text) { Runtime::get().report(text); });
-  m.def("host_charge", [](double seconds, const std::string& name) { Runtime::get().host_charge(seconds, name); });
+  m.def("host_charge", [](double seconds, double num_bytes, const std::string& name) {
+    Runtime::get().host_charge(seconds, num_bytes, name);
+  });
+  m.def("set_host_memory", [](double bytes_per_s) { Runtime::get().set_host_memory(bytes_per_s); });
   m.def("host_time_s", [] { return Runtime::get().host_time_s(); });
   m.def("own_host_clock", [] { Runtime::get().own_host_clock(); });
   m.def("host_mark", [] { return Runtime::get().host_mark(); });

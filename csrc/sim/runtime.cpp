@@ -3,6 +3,7 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <utility>
 
 namespace sim {
 namespace {
@@ -16,7 +17,7 @@ Runtime& Runtime::get() {
   return *runtime;
 }
 
-Runtime::Runtime() : shared_host_(std::make_shared<HostClock>(HostClock{num_components_++, {}, 0})) {
+Runtime::Runtime() : shared_host_(std::make_shared<HostClock>(HostClock{num_components_++, {}, {}})) {
   streams_.reserve(kPoolSize + 1);  // never moved: stream() reads without the lock
   add_stream();
 }
@@ -37,8 +38,8 @@ Stream& Runtime::pool_stream() {
   if (is_shared)
     warn("more than " + std::to_string(kPoolSize) + " streams: this one is also another, whose work it waits for");
   Lock lock;
-  if (streams_.size() <= kPoolSize) return add_stream();
-  return *streams_[1 + next_in_pool_++ % kPoolSize];
+  const size_t id = 1 + next_in_pool_++ % kPoolSize;
+  return id == streams_.size() ? add_stream() : *streams_[id];
 }
 
 void Runtime::configure(const Settings& settings) {
@@ -57,19 +58,30 @@ void Runtime::configure(const Settings& settings) {
   warnings_.clear();
   warned_.clear();
   num_streams_handed_out_ = 0;
+  if (executor_ == Executor::kSystematic) next_in_pool_ = 0;  // the program gets the same streams each time
   races_on_ = settings.races;
   poison_ = settings.poison;
   detector_.clear();
-  timeline_.clear();
+  schedule_.clear();
   num_operations_ = num_host_waits_ = 0;
-  for (auto& stream : streams_) stream->time_s = 0;
-  for (auto& clock : own_hosts_) clock->time_s = 0;
-  shared_host_->time_s = 0;
+  for (auto& stream : streams_) {
+    stream->last = nullptr;
+    stream->waits.clear();
+  }
+  for (auto& clock : own_hosts_) clock->now = {};
+  shared_host_->now = {};
 }
 
 void Runtime::set_profile(const Profile& profile) {
   Lock lock;
   profile_ = profile;
+  schedule_.set_duplex_speeds(0, std::min(1.0, profile.both_bytes_per_s / profile.h2d_bytes_per_s),
+                              std::min(1.0, profile.both_bytes_per_s / profile.d2h_bytes_per_s));
+}
+
+void Runtime::set_host_memory(double bytes_per_s) {
+  Lock lock;
+  schedule_.set_host_bytes_per_s(bytes_per_s);
 }
 
 // ---- enqueueing
@@ -86,16 +98,28 @@ void Runtime::charge(Stream& stream, const Operation& operation, NameId call_sit
   stream.clock.join(host().clock);
   if (!operation.is_bookkeeping) {
     num_operations_++;
-    host().time_s += profile_.launch_s;
-    const double ready_s = std::max(stream.time_s, host().time_s), duration_s = operation.cost.seconds(profile_);
-    const double start_s = timeline_.schedule(operation.cost.engine, ready_s, duration_s);
-    stream.time_s = start_s + duration_s;
-    timeline_.add({operation.name, stream.id, operation.cost.engine, start_s, stream.time_s});
+    host().now.offset_s += profile_.launch_s;
+    Task task;
+    task.name = operation.name;
+    task.stream = stream.id;
+    task.engine = operation.cost.engine;
+    task.seconds = operation.cost.seconds(profile_);
+    if (task.seconds > 0) task.host_bytes_per_s = operation.cost.host_bytes(profile_) / task.seconds;
+    add_task(stream, std::move(task));
   }
   const uint64_t tick = stream.clock.advance(stream.component);
   if (!races_on_) return;
   const Access access{stream.component, tick, stream.id, operation.name, call_site, operation.access_kind};
   detector_.check(access, stream.clock, operation.accesses);
+}
+
+// Behind what the stream holds and waits for, and not before the host has enqueued it.
+void Runtime::add_task(Stream& stream, Task task) {
+  std::vector<Moment> after = std::exchange(stream.waits, {});
+  after.push_back({stream.last, 0});
+  after.push_back(host().now);
+  const bool is_work = task.name != 0;
+  stream.last = schedule_.add(std::move(task), after, is_work);
 }
 
 EventPtr Runtime::record(Stream& stream) {
@@ -104,7 +128,8 @@ EventPtr Runtime::record(Stream& stream) {
   stream.clock.join(host().clock);
   event->stream = &stream;
   event->position = stream.num_submitted + 1;
-  event->time_s = std::max(stream.time_s, host().time_s);
+  add_task(stream, Task{});
+  event->task = stream.last;
   event->clock = stream.clock;
   submit(stream, Item{Item::Kind::kRecord, 0, nullptr, event, {}, {}});
   return event;
@@ -112,7 +137,7 @@ EventPtr Runtime::record(Stream& stream) {
 
 void Runtime::wait(Stream& stream, const EventPtr& event) {
   Lock lock;
-  stream.time_s = std::max(stream.time_s, event->time_s);
+  stream.waits.push_back({event->task, 0});
   stream.clock.join(event->clock);
   submit(stream, Item{Item::Kind::kWait, 0, nullptr, event, {}, {}});
 }
@@ -135,9 +160,9 @@ void Runtime::submit(Stream& stream, Item item) {
 
 // ---- the host waits
 
-void Runtime::join_host(const VectorClock& clock, double time_s) {
+void Runtime::join_host(const VectorClock& clock, const Moment& moment) {
   host().clock.join(clock);
-  host().time_s = std::max(host().time_s, time_s);
+  host().now = schedule_.later(host().now, moment);
 }
 
 void Runtime::synchronize(Stream& stream) {
@@ -146,7 +171,8 @@ void Runtime::synchronize(Stream& stream) {
     Lock lock;
     end->stream = &stream;
     end->position = stream.num_submitted;
-    end->time_s = stream.time_s;
+    if (!stream.waits.empty()) add_task(stream, Task{});
+    end->task = stream.last;
     end->clock = stream.clock;
   }
   synchronize(end);
@@ -155,7 +181,7 @@ void Runtime::synchronize(Stream& stream) {
 void Runtime::synchronize(const EventPtr& event) {
   wait_until(*event->stream, event->position);
   Lock lock;
-  join_host(event->clock, event->time_s);
+  join_host(event->clock, {event->task, 0});
 }
 
 void Runtime::synchronize() {
@@ -174,7 +200,8 @@ bool Runtime::query(Stream& stream) {
   asleep_.clear();  // what runs below was not chosen
   if (stream.num_done < stream.num_submitted && is_cooperative) run_needed(stream, stream.num_done + 1);
   if (stream.num_done < stream.num_submitted) return false;
-  join_host(stream.clock, stream.time_s);
+  if (!stream.waits.empty()) add_task(stream, Task{});
+  join_host(stream.clock, {stream.last, 0});
   return true;
 }
 
@@ -182,13 +209,14 @@ bool Runtime::query(const EventPtr& event) {
   Lock lock;
   asleep_.clear();
   if (!event->is_done && executor_ != Executor::kThreads) run_needed(*event->stream, event->stream->num_done + 1);
-  if (event->is_done) join_host(event->clock, event->time_s);
+  if (event->is_done) join_host(event->clock, {event->task, 0});
   return event->is_done;
 }
 
 double Runtime::elapsed_s(const Event& from, const Event& to) {
   Lock lock;
-  return executor_ == Executor::kThreads ? to.wall_time_s - from.wall_time_s : to.time_s - from.time_s;
+  if (executor_ == Executor::kThreads) return to.wall_time_s - from.wall_time_s;
+  return schedule_.time_s({to.task, 0}) - schedule_.time_s({from.task, 0});
 }
 
 // ---- what the host does beside the device
@@ -205,16 +233,18 @@ void Runtime::host_access(const ByteRange& range, const std::string& name) {
   detector_.check({host.component, tick, kHostStream, intern(name), site}, host.clock, {range});
 }
 
-void Runtime::host_charge(double seconds, const std::string& name) {
+void Runtime::host_charge(double seconds, double num_bytes, const std::string& name) {
   Lock lock;
-  double& time_s = host().time_s;
-  timeline_.add({intern(name), kHostStream, Engine::kHost, time_s, time_s + seconds});
-  time_s += seconds;
+  Task task;
+  task.name = intern(name);
+  task.seconds = seconds;
+  if (seconds > 0) task.host_bytes_per_s = num_bytes / seconds;
+  host().now = {schedule_.add(std::move(task), {host().now}, true), 0};
 }
 
 double Runtime::host_time_s() {
   Lock lock;
-  return host().time_s;
+  return schedule_.time_s(host().now);
 }
 
 // A clock whose thread has ended serves the next one: components stay few, and what was known of them stays true.
@@ -224,20 +254,20 @@ void Runtime::own_host_clock() {
   auto unused =
       std::find_if(own_hosts_.begin(), own_hosts_.end(), [](const auto& clock) { return clock.use_count() == 1; });
   if (unused == own_hosts_.end())
-    unused = own_hosts_.insert(unused, std::make_shared<HostClock>(HostClock{num_components_++, {}, 0}));
+    unused = own_hosts_.insert(unused, std::make_shared<HostClock>(HostClock{num_components_++, {}, {}}));
   (*unused)->clock.join(shared_host_->clock);
-  (*unused)->time_s = shared_host_->time_s;
+  (*unused)->now = shared_host_->now;
   own_host_of_thread = *unused;
 }
 
 HostMark Runtime::host_mark() {
   Lock lock;
-  return {host().clock, host().time_s};
+  return {host().clock, host().now};
 }
 
 void Runtime::host_join(const HostMark& mark) {
   Lock lock;
-  join_host(mark.clock, mark.time_s);
+  join_host(mark.clock, mark.moment);
 }
 
 void Runtime::forget_accesses(uintptr_t begin, uintptr_t end) {
@@ -294,9 +324,10 @@ void Runtime::clear_races() {
   detector_.clear_reports();
 }
 
-std::vector<Span> Runtime::spans() {
+std::vector<TaskPtr> Runtime::spans() {
   Lock lock;
-  return {timeline_.spans().begin(), timeline_.spans().end()};
+  const auto& spans = schedule_.spans();
+  return {spans.begin(), spans.end()};
 }
 
 }  // namespace sim
