@@ -114,7 +114,8 @@ class HostLane:
                     event.synchronize()
             begin_s, start_s = accelerator.host_time_s(), time.perf_counter()
             work.run()
-            accelerator.charge_host_time(time.perf_counter() - start_s, work.name)
+            took_s = time.perf_counter() - start_s
+            accelerator.charge_host_time(took_s, work.name, numel=work.numel, num_bytes=work.host_bytes)
             if self.recorder:
                 self.recorder(self.name, work.name, begin_s, accelerator.host_time_s())
             return accelerator.host_mark()
