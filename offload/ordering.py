@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from offload.executor import await_params, enqueue_update, run_update
+from offload.executor import await_params, early_operations, enqueue_early, enqueue_update, run_update
 from offload.lanes import Lanes, Work
 from offload.lanes.ordering import AccessHistory, ordering_lanes
-from offload.plan import Placement, Plan, PlanError
+from offload.plan import OpKind, Placement, Plan, PlanError
 from offload.subgroup import Slot, Staging, Subgroup
 
 
@@ -15,7 +15,8 @@ def find_hazards(plans: Sequence[Plan], subgroups: Sequence[Subgroup], *, overla
     """Run ``plans``, one step each with a backward before and a forward after, and name what no wait orders.
 
     Args:
-        overlapped: each update runs beside the next forward, which waits for a subgroup where it reads that.
+        overlapped: each update runs beside the next forward, which waits for a subgroup where it reads that, and what
+            may be enqueued early is enqueued in backward.
 
     Returns:
         One sentence for each pair of conflicting accesses that may run in either order; empty if there is none.
@@ -26,23 +27,33 @@ def find_hazards(plans: Sequence[Plan], subgroups: Sequence[Subgroup], *, overla
     history = AccessHistory()
     lanes = ordering_lanes(history)
     for plan in plans:
-        _submit_model(subgroups, lanes, overlapped)
+        _submit_forward(subgroups, lanes, overlapped)
+        begun = early_operations(plan) if overlapped else []
+        for op in begun:
+            if op.kind is OpKind.PREFETCH:
+                enqueue_early(op, subgroups, slots, stagings, lanes, grads_ready=lanes.compute.mark())
+        down = {op.subgroup: op for op in begun if op.kind is OpKind.GRAD_DOWN}
+        for subgroup in reversed(subgroups):
+            lanes.compute.submit(Work("backward", reads=(subgroup.param_name,), writes=(subgroup.grad_name,)))
+            if subgroup.index in down:
+                op = down[subgroup.index]
+                enqueue_early(op, subgroups, slots, stagings, lanes, grads_ready=lanes.compute.mark())
+        # Whatever backward reads last: parameters that a tied or recomputed layer shares.
+        lanes.compute.submit(Work("backward", reads=tuple(subgroup.param_name for subgroup in subgroups)))
         if overlapped:
-            enqueue_update(plan, subgroups, slots, stagings, lanes, backward=lanes.compute.mark())
+            enqueue_update(plan, subgroups, slots, stagings, lanes, backward=lanes.compute.mark(), begun=begun)
         else:
             run_update(plan, subgroups, slots, stagings, lanes)
-    _submit_model(subgroups, lanes, overlapped)
+    _submit_forward(subgroups, lanes, overlapped)
     return history.hazards
 
 
-def _submit_model(subgroups: Sequence[Subgroup], lanes: Lanes, overlapped: bool) -> None:
-    """A forward pass, which waits where an update runs beside it, and a backward pass."""
+def _submit_forward(subgroups: Sequence[Subgroup], lanes: Lanes, overlapped: bool) -> None:
+    """A forward pass, which waits where an update runs beside it."""
     for subgroup in subgroups:
         if overlapped and subgroup.params_ready is not None:
             await_params(subgroup, lanes.compute)
         lanes.compute.submit(Work("forward", reads=(subgroup.param_name,)))
-    for subgroup in reversed(subgroups):
-        lanes.compute.submit(Work("backward", reads=(subgroup.param_name,), writes=(subgroup.grad_name,)))
 
 
 def check_ordering(plans: Sequence[Plan], subgroups: Sequence[Subgroup], *, overlapped: bool = False) -> None:

@@ -63,13 +63,15 @@ class Executor(Protocol):
 
     run_update: Callable[[Plan, Sequence[Subgroup], Sequence[Slot], Sequence[Staging], Lanes], None]
     enqueue_update: Callable[..., None]
+    early_operations: Callable[[Plan], list[Op]]
+    enqueue_early: Callable[..., None]
     await_params: Callable[[Subgroup, Lane], None]
 
 
 class Model:
     """One parameter a subgroup. Its forward reads all parameters and its backward writes all gradients.
 
-    With ``overlapped`` each update runs beside the next forward. Buffers start as NaN.
+    With ``overlapped`` each update runs beside the next forward, and begins in backward. Buffers start as NaN.
     Each step has actions of its own, because lazy lanes may run it when later ones are queued.
     """
 
@@ -94,17 +96,27 @@ class Model:
         """Forward, backward and the update of all but the ``idle`` subgroups, enqueued."""
         self._step += 1
         self.forward()
-        self.lanes.compute.submit(Work("backward", partial(self._backward, self._step)))
         for subgroup, param, grad, state in zip(self._subgroups, self.params, self.grads, self.states, strict=True):
             item = ParamSlice(param, 0, param.numel())
             actions = AdamSubgroup([item], param.dtype, state, None)
             actions.begin_step([SliceUpdate(item, grad, param, scalars_of(self._step))])
             subgroup.actions = actions
         plan = plan.without(idle)
+        begun = self._executor.early_operations(plan) if self._overlapped else []
+        self._enqueue_early([op for op in begun if op.kind is OpKind.PREFETCH])
+        for i in reversed(range(NUM_SUBGROUPS)):
+            self.lanes.compute.submit(Work("backward", partial(self._backward, self._step, i)))
+            self._enqueue_early([op for op in begun if op.kind is OpKind.GRAD_DOWN and op.subgroup == i])
+        self.lanes.compute.submit(Work("backward", self._read_all))
         if self._overlapped:
-            backward = self.lanes.compute.mark()
             self._executor.enqueue_update(
-                plan, self._subgroups, self._slots, self._stagings, self.lanes, backward=backward
+                plan,
+                self._subgroups,
+                self._slots,
+                self._stagings,
+                self.lanes,
+                backward=self.lanes.compute.mark(),
+                begun=begun,
             )
         else:
             self._executor.run_update(plan, self._subgroups, self._slots, self._stagings, self.lanes)
@@ -118,9 +130,19 @@ class Model:
     def _read(self, param: Tensor) -> None:
         self.seen.append(param.clone())
 
-    def _backward(self, step: int) -> None:
-        for i, (param, grad) in enumerate(zip(self.params, self.grads, strict=True)):
-            grad.copy_(loss_gradient(param, step, i))
+    def _enqueue_early(self, ops: Sequence[Op]) -> None:
+        for op in ops:
+            self._executor.enqueue_early(
+                op, self._subgroups, self._slots, self._stagings, self.lanes, grads_ready=self.lanes.compute.mark()
+            )
+
+    def _backward(self, step: int, index: int) -> None:
+        param = self.params[index]
+        self.grads[index].copy_(loss_gradient(param, step, index))
+
+    def _read_all(self) -> None:
+        """As the recomputation of a layer that many share."""
+        self.seen.extend(param.clone() for param in self.params)
 
     def finish(self) -> list[Tensor]:
         """All that the forwards saw, and what is left when nothing is in flight."""
@@ -138,7 +160,7 @@ def train_in_order(idle_of_steps: Sequence[Collection[int]]) -> list[Tensor]:
     params, seen = initial_params(), []
     states = [torch.stack([p.float(), torch.zeros(p.numel()), torch.zeros(p.numel())]) for p in params]
     for step, idle in enumerate(idle_of_steps, start=1):
-        seen += [param.clone() for param in params]
+        seen += 2 * [param.clone() for param in params]
         for i, (param, state) in enumerate(zip(params, states, strict=True)):
             if i not in idle:
                 adam_step(*state.unbind(), loss_gradient(param, step, i), param, scalars=scalars_of(step))
@@ -257,7 +279,7 @@ def find_hazards(run: Run, executor: Executor, *, overlapped: bool) -> list[str]
     plans = [plan.without(idle) for plan, idle in zip(run.plans, run.idle, strict=True)]
     subgroups = [Subgroup(i, numel, 2 * numel, 12 * numel) for i, numel in enumerate(NUMELS)]
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("run_update", "enqueue_update", "await_params"):
+        for name in ("run_update", "enqueue_update", "early_operations", "enqueue_early", "await_params"):
             patch.setattr(ordering, name, getattr(executor, name))
         return ordering.find_hazards(plans, subgroups, overlapped=overlapped)
 
@@ -307,24 +329,27 @@ def executor_without(name: str) -> Executor:
     return cast(Executor, mutant)
 
 
-# Two steps in which every dependency orders something that nothing else orders: staging buffers and slots are used
-# again within a step, the state flushed last is prefetched first, and into a slot that was drained before.
+# Steps in which every dependency orders something that nothing else orders: staging buffers and slots are used again
+# within a step, the state flushed last is prefetched first, and into a slot that was drained before; once the parameters
+# that go up first are those whose gradient comes down first, long before backward is done.
 WITNESS = Run(
     plans=tuple(
         Plan.parse(text)
         for text in (
             "D0@0 C0@0 U0@0 D1@0 C1@0 U1@0 D5@1 D6@2 C6@2 C5@1 U5@1 U6@2 P2@1 G2@1 F2@1 P3@1 G3@1 F3@1 P4@0 G4@0 F4@0",
             "P4@1 G4@1 F4@1 D0@0 C0@0 U0@0 D1@0 C1@0 U1@0 P2@0 G2@0 F2@0 P3@1 G3@1 F3@1 D5@1 D6@2 C6@2 C5@1 U5@1 U6@2",
+            "D6@2 C6@2 U6@2 D5@1 C5@1 U5@1 D0@0 C0@0 U0@0 D1@0 C1@0 U1@0 P2@0 G2@0 F2@0 P3@1 G3@1 F3@1 P4@0 G4@0 F4@0",
+            "P2@0 G2@0 F2@0 P3@0 G3@0 F3@0 P4@1 G4@1 F4@1 D0@0 C0@0 U0@0 D1@0 C1@0 U1@0 D5@1 D6@2 C6@2 C5@1 U5@1 U6@2",
         )
     ),
-    idle=(frozenset(), frozenset()),
+    idle=(frozenset(),) * 4,
 )
 WITNESS_RESULT = train_in_order(WITNESS.idle)
 
 
 def is_needed(name: str, *, overlapped: bool) -> bool:
-    """In order, the update lane is the compute lane, which knows when its own backward ends."""
-    return overlapped or name != "lanes.update.wait(backward)"
+    """In order, the update lane is the compute lane, which knows when its own backward ends, and nothing is early."""
+    return overlapped or name not in ("lanes.update.wait(backward)", "lanes.h2d.wait(backward)")
 
 
 def is_caught_by_numbers(mutant: Executor, lanes: Lanes, *, overlapped: bool) -> bool:
@@ -338,6 +363,7 @@ def test_dependencies_are_read_from_the_source() -> None:
         assert count[kind] > 0, f"no dependency of {kind.name} was found"
     assert count[None] > 0
     assert SOURCE.count("after=") == SOURCE.count(".submit(") - 1  # all but the resident update's are looked into
+    assert {"lanes.update.wait(backward)", "lanes.h2d.wait(backward)"} < set(NAMES)
 
 
 @pytest.mark.parametrize("overlapped", [False, True])
