@@ -20,8 +20,8 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         (
             {"plan", "kernels", "accelerators", "hardware"},
             {"lanes", "accounting", "gradients", "meters", "phase_hooks", "_table"},
-            {"subgroup", "monitor", "timeline", "testing"},
-            {"pool", "policy", "executor", "adam"},
+            {"subgroup", "monitor", "timeline"},
+            {"testing", "pool", "policy", "executor", "adam"},
             {"homes", "ordering", "layout", "masters", "perf_model"},
             {"bounds", "phases"},
             {"scheduling", "estimate", "calibration", "timing", "optimizer_state", "updates"},

@@ -138,8 +138,8 @@ def test_trace(sim: ModuleType, device: torch.Tensor) -> None:
     stream = h2d(device, host)
     sim.host_charge(0.5, "host update")
     copy, work = sim.trace()
-    assert copy == ("h2d", stream.stream_id, "h2d", 0.0, pytest.approx(1e-5 + NUM_BYTES / 1e9))
-    assert work == ("host update", -1, "host", 0.0, 0.5)
+    assert copy == ("h2d", stream.stream_id, "h2d", 0.0, pytest.approx(1e-5 + NUM_BYTES / 1e9), 0)
+    assert work == ("host update", -1, "host", 0.0, 0.5, 0)
     stream.synchronize()
 
 

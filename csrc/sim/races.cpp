@@ -10,6 +10,7 @@ namespace {
 
 std::string place_of(const Access& access) {
   std::string text = access.stream == kHostStream ? " on the host" : " on stream " + std::to_string(access.stream);
+  if (access.device) text += " of sim:" + std::to_string(access.device);
   if (access.call_site) text += " (" + name_of(access.call_site) + ")";
   return text;
 }
@@ -21,8 +22,8 @@ std::string describe(const Access& access, bool is_write) {
 std::string describe(const Footprint& bytes) {
   const std::string gaps = bytes.strides ? " with gaps" : "";
   const std::string text = std::to_string(bytes.end - bytes.begin) + " bytes" + gaps + " of ";
-  if (device_memory().owns(reinterpret_cast<void*>(bytes.begin)))
-    return text + "device memory, " + device_memory().describe(bytes.begin, bytes.end);
+  if (auto device = device_of(reinterpret_cast<void*>(bytes.begin)))
+    return text + "device memory, " + device_memory(*device).describe(bytes.begin, bytes.end);
   return text + "host memory at " + std::to_string(bytes.begin);
 }
 

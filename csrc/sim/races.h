@@ -30,6 +30,7 @@ struct Access {
   };
   size_t component;  // of the vector clock
   uint64_t tick;
+  int device;
   int stream;  // kHostStream for an access of the host
   NameId name;
   NameId call_site;
