@@ -48,7 +48,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if marker is None:
         return
     if "sim" not in metafunc.fixturenames:
-        metafunc.fixturenames.append("sim")
+        metafunc.fixturenames.append("sim")  # for _sim_of_marker to ask for
     executors = executors_of(marker)
     options = [options_of(marker, executor) for executor in executors]
     metafunc.parametrize("sim", options, ids=executors, indirect=True)
@@ -77,17 +77,22 @@ def options_of(marker: pytest.Mark, executor: str) -> SimOptions:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, Any, Any]:
-    """A marked test that passed, but left races, fails as a test and not as its teardown."""
-    result = yield
+    """A marked test fails for the races it leaves, as a test and not as its teardown; one that failed names them."""
     marker = pyfuncitem.get_closest_marker("sim")
-    if marker is not None and marker.kwargs.get("races", True):
-        import torch
+    if marker is None or not marker.kwargs.get("races", True):
+        return (yield)
+    import torch
 
-        from offload.testing import sim
+    from offload.testing import sim
 
-        torch.accelerator.synchronize()
-        if reports := sim.races():
-            pytest.fail("\n".join([f"{len(reports)} races on the emulated device:", *reports]), pytrace=False)
+    try:
+        result = yield
+    except Exception:
+        pyfuncitem.add_report_section("call", "races on the emulated device", "\n".join(sim.races()))
+        raise
+    torch.accelerator.synchronize()
+    if reports := sim.races():
+        pytest.fail("\n".join(["races on the emulated device:", *reports]), pytrace=False)
     return result
 
 
@@ -103,9 +108,17 @@ def sim_device() -> ModuleType:
 @pytest.fixture(scope="session", autouse=True)
 def _sim_before_any_backward(request: pytest.FixtureRequest) -> None:
     """Autograd starts its threads at the first backward, one for each device there is by then and none later."""
-    if any("sim_device" in getattr(item, "fixturenames", ()) for item in request.session.items):
+    items = request.session.items
+    if any("sim_device" in getattr(item, "fixturenames", ()) or item.get_closest_marker("sim") for item in items):
         with contextlib.suppress(RuntimeError):  # of the build: the tests that need the device say so
             request.getfixturevalue("sim_device")
+
+
+@pytest.fixture(autouse=True)
+def _sim_of_marker(request: pytest.FixtureRequest) -> None:
+    """A marked test has the device whether it takes the fixture or not."""
+    if request.node.get_closest_marker("sim") is not None:
+        request.getfixturevalue("sim")
 
 
 @pytest.fixture

@@ -102,8 +102,9 @@ void Runtime::run_random() {
 namespace {
 
 bool touches_host(const Item& item) {
-  return std::any_of(item.accesses.begin(), item.accesses.end(),
-                     [](const ByteRange& range) { return !device_of(reinterpret_cast<void*>(range.bytes.begin)); });
+  return std::any_of(item.accesses.begin(), item.accesses.end(), [](const ByteRange& range) {
+    return !range.bytes.is_empty() && !device_of(reinterpret_cast<void*>(range.bytes.begin));
+  });
 }
 
 bool conflict(const Item& a, const Item& b) {

@@ -101,6 +101,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   });
   m.def("set_host_memory", [](double bytes_per_s) { Runtime::get().set_host_memory(bytes_per_s); });
   m.def("host_time_s", [] { return Runtime::get().host_time_s(); });
+  m.def("host_stamp_s", [] { return Runtime::get().host_stamp_s(); });
   m.def("own_host_clock", [] { Runtime::get().own_host_clock(); });
   m.def("host_mark", [] { return Runtime::get().host_mark(); });
   m.def("host_join", [](const HostMark& mark) { Runtime::get().host_join(mark); });

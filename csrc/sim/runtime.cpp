@@ -262,6 +262,8 @@ double Runtime::host_time_s() {
   return schedule_.time_s(host().now);
 }
 
+double Runtime::host_stamp_s() { return executor_ == Executor::kThreads ? wall_time_s() : host_time_s(); }
+
 // A clock whose thread has ended serves the next one: components stay few, and what was known of them stays true.
 void Runtime::own_host_clock() {
   Lock lock;

@@ -231,7 +231,7 @@ class SimAccelerator(Accelerator):
         host_charge(update_seconds(numel, measured_s=seconds), name, num_bytes)
 
     def host_time_s(self) -> float:
-        return host_time_s()
+        return float(loaded().host_stamp_s())
 
     def own_host_clock(self) -> None:
         own_host_clock()
