@@ -146,14 +146,15 @@ def test_trace(sim: ModuleType, device: torch.Tensor) -> None:
 def test_worker_with_its_own_clock_overlaps(sim: ModuleType) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
-    def update() -> tuple[float, object]:
+    def update(submitted: object) -> tuple[float, object]:
         sim.own_host_clock()
+        sim.host_join(submitted)
         sim.host_charge(1.0, "host update")
         return sim.host_time_s(), sim.host_mark()
 
     sim.host_charge(0.25)
     with ThreadPoolExecutor(1) as worker:
-        time_s, mark = worker.submit(update).result()
+        time_s, mark = worker.submit(update, sim.host_mark()).result()
     assert time_s == 1.25
     assert sim.host_time_s() == 0.25
     sim.host_join(mark)

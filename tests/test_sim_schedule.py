@@ -204,7 +204,7 @@ def test_flops_are_those_of_torchs_counter(sim: ModuleType) -> None:
     assert sim.host_time_s() == pytest.approx(counter.get_total_flops())
 
 
-@pytest.mark.parametrize("name", ["h100-sxm-node", "rtx4090-desktop"])
+@pytest.mark.parametrize("name", ["h100-sxm-node", pytest.param("rtx4090-desktop", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("plan", ["host", Stride(2), Static(0.25), "device"], ids=str)
 def test_step_takes_what_the_performance_model_says(sim: ModuleType, name: str, plan: Any) -> None:
     """One definition of the schedule, run on streams in virtual time and on virtual lanes."""

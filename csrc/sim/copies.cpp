@@ -80,6 +80,7 @@ bool enqueue_link_copy(const at::Tensor& destination, const at::Tensor& source, 
   void* pinned = pinned_allocator().owns(host.data_ptr()) ? host.data_ptr() : nullptr;
   Operation operation = copy_operation(destination, source, is_on_device(source) ? Engine::kD2H : Engine::kH2D);
   operation.cost.is_pageable = !pinned;
+  operation.access_kind = Access::Kind::kDownload;  // of what is read on the device, if anything is
   if (pinned) pinned_allocator().retain(pinned);
   operation.run = [to = alias_on_cpu(destination), from = alias_on_cpu(source), pinned] {
     KernelScope scope;

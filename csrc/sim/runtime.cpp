@@ -273,7 +273,7 @@ void Runtime::own_host_clock() {
   if (unused == own_hosts_.end())
     unused = own_hosts_.insert(unused, std::make_shared<HostClock>(HostClock{num_components_++, {}, {}}));
   (*unused)->clock.join(shared_host_->clock);
-  (*unused)->now = shared_host_->now;
+  (*unused)->now = {};  // not the time of a clock that runs on while this thread starts: joining a mark says when it is
   own_host_of_thread = *unused;
 }
 

@@ -138,8 +138,11 @@ const at::Tensor& resize_tensor(const at::Tensor& self, at::IntArrayRef sizes, s
 
 ByteRange range_of(const at::Tensor& tensor, bool is_write) {
   if (tensor.numel() == 0) return {{0, 0, nullptr}, is_write};
-  Footprint bytes = footprint_of(reinterpret_cast<uintptr_t>(tensor.data_ptr()), tensor.sizes().data(),
-                                 tensor.strides().data(), tensor.sizes().size(), tensor.element_size());
+  const auto begin = reinterpret_cast<uintptr_t>(tensor.data_ptr());
+  Footprint bytes{begin, begin + tensor.nbytes(), nullptr};
+  if (!tensor.is_non_overlapping_and_dense())
+    bytes = footprint_of(reinterpret_cast<uintptr_t>(tensor.data_ptr()), tensor.sizes().data(), tensor.strides().data(),
+                         tensor.sizes().size(), tensor.element_size());
   if (is_on_device(tensor)) {
     const size_t needed = tensor.storage_offset() * tensor.element_size() + (bytes.end - bytes.begin);
     TORCH_CHECK(needed <= tensor.storage().nbytes(), "sim: use after free: a tensor needs ", needed,
