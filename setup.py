@@ -73,6 +73,7 @@ cpu_adam = PlainLibrary(
 integrations = [f"offload.{name}" for name in find_packages(include=["integrations", "integrations.*"])]
 
 setup(
+    py_modules=["pytest_offload"],
     packages=[*find_packages(include=["offload", "offload.*"]), *integrations, "offload.csrc_sim"],
     package_dir={"offload.integrations": "integrations", "offload.csrc_sim": "csrc/sim"},
     package_data={"offload": ["py.typed", "profiles/*.json"], "offload.csrc_sim": ["*.cpp", "*.h", "*.inl"]},

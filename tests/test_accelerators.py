@@ -81,6 +81,31 @@ def test_host_time_is_charged(accelerator: Accelerator, sim: ModuleType) -> None
     accelerator.host_join(accelerator.host_mark())
 
 
+def test_emulated_machine_says_what_an_update_takes(accelerator: Accelerator, sim: ModuleType) -> None:
+    sim.set_profile(host_update_params_per_s=1e6)
+    sim.configure()
+    accelerator.charge_host_time(123.0, "update", numel=2_000_000, num_bytes=56_000_000)
+    assert sim.host_time_s() == 2.0
+    sim.reset()
+    accelerator.charge_host_time(0.25, "update", numel=2_000_000)
+    assert sim.host_time_s() == 0.25
+
+
+@pytest.mark.parametrize("executor", ["sync", "threads", "lazy"])
+def test_host_time_is_on_the_clock_of_events(accelerator: Accelerator, sim: ModuleType, executor: str) -> None:
+    """Virtual or real: two events lie between the readings around them."""
+    sim.configure(executor)
+    stream = torch.accelerator.current_stream()
+    events = [torch.Event("sim", enable_timing=True) for _ in range(2)]
+    first_s = accelerator.host_time_s()
+    events[0].record(stream)
+    torch.ones(1 << 16, device="sim").add_(1)
+    events[1].record(stream)
+    events[1].synchronize()
+    between_s = events[0].elapsed_time(events[1]) / 1e3
+    assert 0 < between_s <= accelerator.host_time_s() - first_s
+
+
 def test_base_class_ignores_what_only_an_emulator_needs(sim: ModuleType) -> None:
     accelerator = Accelerator(torch.device("sim", 0))
     accelerator.declare_host_work("update", [torch.ones(3)], [torch.ones(3)])

@@ -20,8 +20,8 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         (
             {"plan", "kernels", "accelerators", "hardware"},
             {"lanes", "accounting", "gradients", "meters", "pending", "phase_hooks", "_table"},
-            {"subgroup", "module_waits", "monitor", "timeline", "testing"},
-            {"pool", "policy", "executor", "adam"},
+            {"subgroup", "module_waits", "monitor", "timeline"},
+            {"testing", "pool", "policy", "executor", "adam"},
             {"conductor", "early", "homes", "ordering", "layout", "masters", "perf_model"},
             {"bounds", "phases"},
             {"scheduling", "estimate", "calibration", "timing", "optimizer_state", "updates"},

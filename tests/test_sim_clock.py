@@ -138,22 +138,23 @@ def test_trace(sim: ModuleType, device: torch.Tensor) -> None:
     stream = h2d(device, host)
     sim.host_charge(0.5, "host update")
     copy, work = sim.trace()
-    assert copy == ("h2d", stream.stream_id, "h2d", 0.0, pytest.approx(1e-5 + NUM_BYTES / 1e9))
-    assert work == ("host update", -1, "host", 0.0, 0.5)
+    assert copy == ("h2d", stream.stream_id, "h2d", 0.0, pytest.approx(1e-5 + NUM_BYTES / 1e9), 0)
+    assert work == ("host update", -1, "host", 0.0, 0.5, 0)
     stream.synchronize()
 
 
 def test_worker_with_its_own_clock_overlaps(sim: ModuleType) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
-    def update() -> tuple[float, object]:
+    def update(submitted: object) -> tuple[float, object]:
         sim.own_host_clock()
+        sim.host_join(submitted)
         sim.host_charge(1.0, "host update")
         return sim.host_time_s(), sim.host_mark()
 
     sim.host_charge(0.25)
     with ThreadPoolExecutor(1) as worker:
-        time_s, mark = worker.submit(update).result()
+        time_s, mark = worker.submit(update, sim.host_mark()).result()
     assert time_s == 1.25
     assert sim.host_time_s() == 0.25
     sim.host_join(mark)

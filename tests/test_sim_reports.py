@@ -96,6 +96,16 @@ def test_copies_may_carry_padding(sim: ModuleType) -> None:
     assert sim.races() == []
 
 
+def test_downloads_may_carry_padding_but_not_nothing(sim: ModuleType) -> None:
+    flat = torch.empty(1000, device="sim")
+    flat[:900].zero_()
+    flat.cpu()
+    assert sim.races() == []
+    torch.empty(1000, device="sim").cpu()
+    (report,) = sim.races()
+    assert report.startswith("d2h reads on stream 0 (")
+
+
 def test_use_after_storage_was_freed(sim: ModuleType) -> None:
     x = torch.ones(1000, device="sim")
     x.untyped_storage().resize_(0)

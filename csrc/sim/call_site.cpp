@@ -17,8 +17,8 @@ struct Code {
   std::string file, function;
 };
 
-bool is_of_torch_or_device(const std::string& path) {
-  for (const char* part : {"/torch/", "/offload/accelerators/", "/offload/testing/"})
+bool is_machinery(const std::string& path) {
+  for (const char* part : {"/torch/", "/offload/accelerators/", "/offload/testing/", "/_pytest/", "/pluggy/"})
     if (path.find(part) != std::string::npos) return true;
   return false;
 }
@@ -36,13 +36,14 @@ const Code& describe(PyCodeObject* code) {
   if (entry != known->end()) return entry->second;
   Py_INCREF(code);
   std::string path = text_of(code->co_filename);
-  const bool is_hidden = is_of_torch_or_device(path);
+  const bool is_hidden = is_machinery(path);
   const size_t directory = path.rfind('/', path.rfind('/') - 1);  // keep one directory
   if (path.rfind('/') != std::string::npos && directory != std::string::npos) path = path.substr(directory + 1);
   return known->emplace(code, Code{is_hidden, path, text_of(code->co_name)}).first->second;
 }
 
-// Frames outside torch and the device, innermost first, as (code, line) pairs written into `key`; needs the GIL.
+// Frames outside torch, the device and pytest, innermost first, as (code, line) pairs written into `key`; needs the
+// GIL.
 NameId python_call_site() {
   static auto* known = new std::unordered_map<std::string, NameId>;  // the GIL is its lock
   std::string key;

@@ -18,13 +18,14 @@ class VectorClock {
   std::vector<uint64_t> ticks_;
 };
 
-enum class Engine { kCompute, kH2D, kD2H, kHost };  // order as in offload/accelerators/sim.py
+enum class Engine { kCompute, kH2D, kD2H, kHost, kPeer };  // order as in offload/accelerators/sim.py
 
 struct Profile {
   double h2d_bytes_per_s = 12e9;  // each direction alone
   double d2h_bytes_per_s = 12e9;
   double both_bytes_per_s = std::numeric_limits<double>::infinity();  // each way while both are busy
   double pageable_bytes_per_s = 4e9;
+  double peer_bytes_per_s = 24e9;  // to another device
   double memory_bytes_per_s = 2e12;
   double flops = 50e12;
   double latency_s = 5e-6;             // of a copy

@@ -7,9 +7,11 @@
 #include <ATen/native/Resize.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/equal.h>
+#include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
 #include <string>
+#include <utility>
 
 #include "device.h"
 #include "kernel.h"
@@ -34,7 +36,7 @@ void wait_for_copy(bool non_blocking, bool is_pinned, const char* name, size_t n
 }
 
 Operation copy_operation(const at::Tensor& destination, const at::Tensor& source, Engine engine) {
-  static const NameId kNames[] = {intern("d2d"), intern("h2d"), intern("d2h")};
+  static const NameId kNames[] = {intern("d2d"), intern("h2d"), intern("d2h"), 0, intern("peer")};
   Operation operation;
   operation.name = kNames[static_cast<int>(engine)];
   operation.accesses = {range_of(source, false), range_of(destination, true)};
@@ -54,11 +56,31 @@ void enqueue_device_copy(const at::Tensor& destination, const at::Tensor& source
   Runtime::get().enqueue(current_stream(), std::move(operation));
 }
 
+// Between devices: on the stream of the source, after what the destination's holds, which then waits for it, as on
+// CUDA.
+void enqueue_peer_copy(const at::Tensor& destination, const at::Tensor& source) {
+  auto& runtime = Runtime::get();
+  c10::DeviceGuard guard(destination.device());
+  Stream& destination_stream = current_stream();
+  guard.set_index(source.device().index());
+  Stream& source_stream = current_stream();
+  Operation operation = copy_operation(destination, source, Engine::kPeer);
+  operation.access_kind = Access::Kind::kCopy;
+  operation.run = [to = alias_on_cpu(destination), from = alias_on_cpu(source)] {
+    KernelScope scope;
+    to.copy_(from);
+  };
+  runtime.wait(source_stream, runtime.record(destination_stream));
+  runtime.enqueue(source_stream, std::move(operation));
+  runtime.wait(destination_stream, runtime.record(source_stream));
+}
+
 // Between contiguous host memory and the device. `host` is the CPU tensor of the two; returns whether it is pinned.
 bool enqueue_link_copy(const at::Tensor& destination, const at::Tensor& source, const at::Tensor& host) {
   void* pinned = pinned_allocator().owns(host.data_ptr()) ? host.data_ptr() : nullptr;
   Operation operation = copy_operation(destination, source, is_on_device(source) ? Engine::kD2H : Engine::kH2D);
   operation.cost.is_pageable = !pinned;
+  operation.access_kind = Access::Kind::kDownload;  // of what is read on the device, if anything is
   if (pinned) pinned_allocator().retain(pinned);
   operation.run = [to = alias_on_cpu(destination), from = alias_on_cpu(source), pinned] {
     KernelScope scope;
@@ -88,7 +110,10 @@ void copy_to_host(const at::Tensor& destination, const at::Tensor& source, bool 
 at::Tensor copy_from(const at::Tensor& self, const at::Tensor& destination, bool non_blocking) {
   if (destination.numel() == 0) return destination;
   const at::Tensor source = self.expand_as(destination);
-  if (is_on_device(source) && is_on_device(destination))
+  const c10::DeviceGuard guard(is_on_device(destination) ? destination.device() : source.device());
+  if (is_on_device(source) && is_on_device(destination) && source.device() != destination.device())
+    enqueue_peer_copy(destination, source);
+  else if (is_on_device(source) && is_on_device(destination))
     enqueue_device_copy(destination, source);
   else if (is_on_device(destination))
     copy_from_host(destination, source, non_blocking);
@@ -112,6 +137,7 @@ void read_by_host(const at::Tensor& tensor) {
 }
 
 at::Scalar local_scalar_dense(const at::Tensor& self) {
+  const c10::DeviceGuard guard(self.device());
   read_by_host(self);
   wait_for_current_stream("reading a value, as .item() does,");
   return alias_on_cpu(self).item();
@@ -122,6 +148,7 @@ bool values_equal(const at::Tensor& self, const at::Tensor& other) {
               "Expected all tensors to be on the same device, but found at least two "
               "devices, ",
               self.device(), " and ", other.device(), "!");
+  const c10::DeviceGuard guard(self.device());
   read_by_host(self);
   read_by_host(other);
   wait_for_current_stream("comparing tensors");

@@ -2,10 +2,14 @@
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
+#include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
+#include <optional>
+#include <utility>
 
 #include "memory.h"
 #include "pinned.h"
@@ -13,41 +17,60 @@
 namespace sim {
 namespace {
 
-thread_local int current_stream_id = 0;
+thread_local int current_device_index = 0;
+thread_local std::array<int, kNumDevices> current_stream_ids{};  // by device
 
-c10::Stream as_torch(int stream_id) { return c10::Stream(c10::Stream::UNSAFE, kDevice, stream_id); }
-Stream& from_torch(const c10::Stream& stream) { return Runtime::get().stream(static_cast<int>(stream.id())); }
+c10::Stream as_torch(int device, int stream_id) {
+  return c10::Stream(c10::Stream::UNSAFE, device_at(device), stream_id);
+}
+Stream& from_torch(const c10::Stream& stream) {
+  return Runtime::get().stream(stream.device_index(), static_cast<int>(stream.id()));
+}
+int checked(c10::DeviceIndex index) {
+  TORCH_CHECK(index < kNumDevices, "sim has devices 0 to ", kNumDevices - 1, ", not ", static_cast<int>(index));
+  return index < 0 ? current_device_index : index;  // -1 is the current one
+}
 
 class Allocator final : public c10::DeviceAllocator {
  public:
   at::DataPtr allocate(size_t num_bytes) override {
-    void* pointer = device_memory().allocate(num_bytes, current_stream_id);
-    return {pointer, pointer, &free, kDevice};
+    const int device = current_device_index;
+    void* pointer = device_memory(device).allocate(num_bytes, current_stream_ids[device]);
+    return {pointer, pointer, &free, device_at(device)};
   }
   c10::DeleterFnPtr raw_deleter() const override { return &free; }
   void copy_data(void* destination, const void* source, size_t num_bytes) const override {
-    std::memcpy(device_memory().bytes_of(destination), device_memory().bytes_of(source), num_bytes);
+    std::memcpy(bytes_of(destination), bytes_of(source), num_bytes);
   }
   bool initialized() override { return true; }
-  void emptyCache(c10::MempoolId_t) override { device_memory().release_cached(); }
+  void emptyCache(c10::MempoolId_t) override {
+    for (int device = 0; device < kNumDevices; device++) device_memory(device).release_cached();
+  }
   void recordStream(const at::DataPtr& data, c10::Stream stream) override { record_stream(data, stream); }
-  c10::CachingDeviceAllocator::DeviceStats getDeviceStats(c10::DeviceIndex) override { return device_memory().stats(); }
-  void resetAccumulatedStats(c10::DeviceIndex) override { device_memory().reset_accumulated_stats(); }
-  void resetPeakStats(c10::DeviceIndex) override { device_memory().reset_peak_stats(); }
-  std::pair<size_t, size_t> getMemoryInfo(c10::DeviceIndex) override {
-    return {device_memory().free_bytes(), device_memory().capacity()};
+  c10::CachingDeviceAllocator::DeviceStats getDeviceStats(c10::DeviceIndex device) override {
+    return device_memory(checked(device)).stats();
+  }
+  void resetAccumulatedStats(c10::DeviceIndex device) override {
+    device_memory(checked(device)).reset_accumulated_stats();
+  }
+  void resetPeakStats(c10::DeviceIndex device) override { device_memory(checked(device)).reset_peak_stats(); }
+  std::pair<size_t, size_t> getMemoryInfo(c10::DeviceIndex device) override {
+    DeviceMemory& memory = device_memory(checked(device));
+    return {memory.free_bytes(), memory.capacity()};
   }
 
  private:
-  static void free(void* pointer) { device_memory().free(pointer); }
+  static void free(void* pointer) {
+    if (const std::optional<int> device = device_of(pointer)) device_memory(*device).free(pointer);
+  }
 };
 
 Allocator allocator;
 REGISTER_ALLOCATOR(kDeviceType, &allocator)
 
 struct Generator final : at::CPUGeneratorImpl {
-  Generator() {
-    device_ = kDevice;
+  explicit Generator(int device) {
+    device_ = device_at(device);
     key_set_ = c10::DispatchKeySet(c10::DispatchKey::PrivateUse1);
   }
 };
@@ -57,16 +80,23 @@ class Hooks final : public at::PrivateUse1HooksInterface {
   bool isBuilt() const override { return true; }
   bool isAvailable() const override { return true; }
   bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
-  c10::DeviceIndex deviceCount() const override { return 1; }
-  void setCurrentDevice(c10::DeviceIndex) const override {}
-  c10::DeviceIndex getCurrentDevice() const override { return 0; }
-  c10::DeviceIndex exchangeDevice(c10::DeviceIndex) const override { return 0; }
-  c10::DeviceIndex maybeExchangeDevice(c10::DeviceIndex) const override { return 0; }
-  const at::Generator& getDefaultGenerator(c10::DeviceIndex) const override { return default_generator(); }
-  at::Generator getNewGenerator(c10::DeviceIndex) const override { return at::make_generator<Generator>(); }
+  c10::DeviceIndex deviceCount() const override { return kNumDevices; }
+  void setCurrentDevice(c10::DeviceIndex device) const override { current_device_index = checked(device); }
+  c10::DeviceIndex getCurrentDevice() const override { return current_device_index; }
+  c10::DeviceIndex exchangeDevice(c10::DeviceIndex device) const override {
+    return std::exchange(current_device_index, checked(device));
+  }
+  c10::DeviceIndex maybeExchangeDevice(c10::DeviceIndex device) const override { return exchangeDevice(device); }
+  const at::Generator& getDefaultGenerator(c10::DeviceIndex device) const override {
+    return default_generator(checked(device));
+  }
+  at::Generator getNewGenerator(c10::DeviceIndex device) const override {
+    return at::make_generator<Generator>(checked(device));
+  }
   at::Device getDeviceFromPtr(void* pointer) const override {
-    TORCH_CHECK(device_memory().owns(pointer), "sim: not a device pointer");
-    return kDevice;
+    const std::optional<int> device = device_of(pointer);
+    TORCH_CHECK(device, "sim: not a device pointer");
+    return device_at(*device);
   }
   bool isPinnedPtr(const void* pointer) const override { return pinned_allocator().owns(pointer); }
   at::Allocator* getPinnedMemoryAllocator() const override { return &pinned_allocator(); }
@@ -85,27 +115,38 @@ class Guard final : public c10::impl::DeviceGuardImplInterface {
  public:
   static constexpr c10::DeviceType static_type = kDeviceType;
   c10::DeviceType type() const override { return kDeviceType; }
-  c10::Device exchangeDevice(c10::Device) const override { return kDevice; }
-  c10::Device getDevice() const override { return kDevice; }
-  void setDevice(c10::Device) const override {}
-  void uncheckedSetDevice(c10::Device) const noexcept override {}
-  c10::DeviceIndex deviceCount() const noexcept override { return 1; }
+  c10::Device exchangeDevice(c10::Device device) const override {
+    return device_at(std::exchange(current_device_index, checked(device.index())));
+  }
+  c10::Device getDevice() const override { return device_at(current_device_index); }
+  void setDevice(c10::Device device) const override { current_device_index = checked(device.index()); }
+  void uncheckedSetDevice(c10::Device device) const noexcept override {
+    if (device.index() >= 0 && device.index() < kNumDevices) current_device_index = device.index();
+  }
+  c10::DeviceIndex deviceCount() const noexcept override { return kNumDevices; }
 
-  c10::Stream getStream(c10::Device) const override { return as_torch(current_stream_id); }
-  c10::Stream getDefaultStream(c10::Device) const override { return as_torch(0); }
-  c10::Stream getNewStream(c10::Device, int) const override { return as_torch(Runtime::get().pool_stream().id); }
+  c10::Stream getStream(c10::Device device) const override {
+    const int index = checked(device.index());
+    return as_torch(index, current_stream_ids[index]);
+  }
+  c10::Stream getDefaultStream(c10::Device device) const override { return as_torch(checked(device.index()), 0); }
+  c10::Stream getNewStream(c10::Device device, int) const override {
+    const int index = checked(device.index());
+    return as_torch(index, Runtime::get().pool_stream(index).id);
+  }
   c10::Stream getStreamFromGlobalPool(c10::Device device, bool) const override { return getNewStream(device, 0); }
   c10::Stream exchangeStream(c10::Stream stream) const override {
-    return as_torch(std::exchange(current_stream_id, static_cast<int>(stream.id())));
+    const int device = checked(stream.device_index());
+    return as_torch(device, std::exchange(current_stream_ids[device], static_cast<int>(stream.id())));
   }
   bool queryStream(const c10::Stream& stream) const override { return Runtime::get().query(from_torch(stream)); }
   void synchronizeStream(const c10::Stream& stream) const override {
     Runtime::get().check_may_wait("synchronizing a stream");
     Runtime::get().synchronize(from_torch(stream));
   }
-  void synchronizeDevice(c10::DeviceIndex) const override {
+  void synchronizeDevice(c10::DeviceIndex device) const override {
     Runtime::get().check_may_wait("synchronizing the device");
-    Runtime::get().synchronize();
+    Runtime::get().synchronize(checked(device));
   }
   void recordDataPtrOnStream(const c10::DataPtr& data, const c10::Stream& stream) const override {
     record_stream(data, stream);
@@ -149,20 +190,26 @@ C10_REGISTER_GUARD_IMPL(PrivateUse1, Guard);
 
 }  // namespace
 
-Stream& current_stream() { return Runtime::get().stream(current_stream_id); }
+int current_device() { return current_device_index; }
+
+Stream& current_stream() {
+  return Runtime::get().stream(current_device_index, current_stream_ids[current_device_index]);
+}
 
 c10::Allocator* device_allocator() { return &allocator; }
 
 void record_stream(const c10::DataPtr& data, const c10::Stream& stream) {
-  device_memory().record_use(data.get(), static_cast<int>(stream.id()));
+  if (const std::optional<int> device = device_of(data.get()))
+    device_memory(*device).record_use(data.get(), from_torch(stream));
 }
 
 void resize_storage(const c10::Storage& storage, size_t num_bytes) {
+  const c10::DeviceGuard guard(storage.device());
   c10::StorageImpl* impl = storage.unsafeGetStorageImpl();
   at::DataPtr data = allocator.allocate(num_bytes);
   if (const size_t num_kept = std::min(num_bytes, impl->nbytes())) {
     const auto from = reinterpret_cast<uintptr_t>(impl->data()), to = reinterpret_cast<uintptr_t>(data.get());
-    char *destination = device_memory().bytes_of(data.get()), *source = device_memory().bytes_of(impl->data());
+    char *destination = bytes_of(data.get()), *source = bytes_of(impl->data());
     static const NameId kResize = intern("resize");
     Operation operation;
     operation.name = kResize;
@@ -176,13 +223,14 @@ void resize_storage(const c10::Storage& storage, size_t num_bytes) {
   impl->set_nbytes(num_bytes);
 }
 
-const at::Generator& default_generator() {
-  static const at::Generator generator = at::make_generator<Generator>();
-  return generator;
+const at::Generator& default_generator(int device) {
+  static const std::array<at::Generator, kNumDevices> generators{at::make_generator<Generator>(0),
+                                                                 at::make_generator<Generator>(1)};
+  return generators.at(device);
 }
 
 at::Generator generator_for_operation(const at::Generator& generator) {
-  at::Generator source = generator.defined() ? generator : default_generator();
+  at::Generator source = generator.defined() ? generator : default_generator(current_device_index);
   TORCH_CHECK(source.device().type() == kDeviceType, "Expected a 'sim' device type for generator but found '",
               source.device().type(), "'");
   std::lock_guard<std::mutex> guard(source.mutex());

@@ -103,7 +103,7 @@ namespace {
 
 bool touches_host(const Item& item) {
   return std::any_of(item.accesses.begin(), item.accesses.end(), [](const ByteRange& range) {
-    return !device_memory().owns(reinterpret_cast<void*>(range.bytes.begin));
+    return !range.bytes.is_empty() && !device_of(reinterpret_cast<void*>(range.bytes.begin));
   });
 }
 
@@ -124,7 +124,7 @@ bool conflict(const Stream* a, const Stream* b) {
 }  // namespace
 
 // Until the host goes on: at once if it waits for nothing, otherwise once `awaited` has come to `position`.
-void Runtime::explore(const Stream* awaited, uint64_t position) {
+void Runtime::explore(Stream* awaited, uint64_t position) {
   for (;;) {
     run_marks();
     const bool can_host_go_on = !awaited || awaited->num_done >= position;
@@ -133,7 +133,7 @@ void Runtime::explore(const Stream* awaited, uint64_t position) {
     for (Stream* stream : runnable()) options.push_back(stream);
     if (can_host_go_on && !any_queued(nullptr, touches_host))
       options = {nullptr};
-    else if (Stream* needed = can_host_go_on ? nullptr : needed_by(*awaited))
+    else if (Stream* needed = can_host_go_on ? nullptr : needed_by(awaited))
       if (!any_queued(needed, [&](const Item& item) { return conflict(needed->queue.front(), item); }))
         options = {needed};
     Stream* chosen = options[choose(options)];
@@ -154,11 +154,10 @@ bool Runtime::any_queued(const Stream* except, const std::function<bool(const It
 }
 
 // The stream whose next work `awaited` cannot do without. Events that have been reached are behind it already.
-Stream* Runtime::needed_by(const Stream& awaited) {
-  const Item* next = &awaited.queue.front();
-  int id = awaited.id;
-  for (; next->kind == Item::Kind::kWait; next = &stream(id).queue.front()) id = next->event->stream->id;
-  return &stream(id);
+Stream* Runtime::needed_by(Stream* awaited) {
+  Stream* needed = awaited;
+  while (needed->queue.front().kind == Item::Kind::kWait) needed = needed->queue.front().event->stream;
+  return needed;
 }
 
 // Events are reached and waited for as soon as can be: that touches no bytes.
@@ -234,7 +233,7 @@ void Runtime::work(Stream& stream) {
     Item item = std::move(stream.queue.front());
     stream.queue.pop_front();
     stream.is_running = true;
-    const double end_s = reserve_link(item);
+    const double end_s = reserve_link(stream, item);
     lock.unlock();
     std::string error;
     try {
@@ -257,10 +256,11 @@ void Runtime::work(Stream& stream) {
 }
 
 // When a copy may end, in wall time; 0 for all else. Copies of one direction share a link.
-double Runtime::reserve_link(const Item& item) {
+double Runtime::reserve_link(const Stream& stream, const Item& item) {
   if (item.kind != Item::Kind::kRun || item.cost.engine == Engine::kCompute) return 0;
-  double& free_s = link_free_s_[item.cost.engine == Engine::kD2H];
-  return free_s = std::max(wall_time_s(), free_s) + item.cost.seconds(profile_);
+  DeviceState& device = devices_[stream.device];
+  double& free_s = device.link_free_s[item.cost.engine == Engine::kD2H];
+  return free_s = std::max(wall_time_s(), free_s) + item.cost.seconds(device.profile);
 }
 
 void Runtime::stop_workers() {

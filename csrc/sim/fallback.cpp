@@ -1,5 +1,6 @@
 #include "fallback.h"
 
+#include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
 #include <optional>
@@ -22,21 +23,44 @@ struct Touched {  // by one call
   std::vector<ByteRange> ranges;
   double num_bytes = 0;
 
-  void add(const at::Tensor& tensor, bool is_write) {
+  void add(const at::Tensor& tensor, bool is_write, int num_passes = 1) {
     ranges.push_back(range_of(tensor, is_write));
-    num_bytes += static_cast<double>(tensor.nbytes());
+    num_bytes += static_cast<double>(tensor.nbytes()) * num_passes;
   }
 };
+
+// How often the bytes of an argument go through device memory: twice if it is changed in place.
+int num_passes(const OperatorInfo& info, size_t argument) {
+  const bool is_changed = info.arguments[argument].is_written && !info.arguments[argument].is_out;
+  const std::string& name = info.schema->name();
+  const bool is_only_written = info.handle.hasTag(at::Tag::nondeterministic_seeded) || name == "aten::fill_" ||
+                               name == "aten::zero_" || name == "aten::_foreach_zero_";
+  return is_changed && !is_only_written ? 2 : 1;
+}
+
+// Where an operator runs: where its first tensor on a device is, or where it was asked to make one.
+std::optional<c10::Device> device_for(const Values& arguments) {
+  std::optional<c10::Device> asked, found;
+  for (const c10::IValue& argument : arguments) {
+    if (argument.isDevice() && argument.toDevice().type() == kDeviceType) asked = argument.toDevice();
+    for_each_tensor(argument, [&](const at::Tensor& tensor) {
+      if (!found && is_on_device(tensor)) found = tensor.device();
+    });
+    if (found) return found;
+  }
+  return asked;
+}
 
 // Raises CUDA's error for tensors elsewhere. As there, 0-dim CPU tensors may be read, and indices may be on the CPU.
 Touched touched_arguments(const OperatorInfo& info, const Values& arguments) {
   Touched touched;
+  const c10::Device device = device_at(current_device());
   for (size_t i = 0; i < arguments.size(); i++) {
     const bool is_write = info.arguments[i].is_written, is_index = arguments[i].isOptionalTensorList();
     for_each_tensor(arguments[i], [&](const at::Tensor& tensor) {
-      if (is_on_device(tensor)) return touched.add(tensor, is_write);
+      if (tensor.device() == device) return touched.add(tensor, is_write, num_passes(info, i));
       TORCH_CHECK(tensor.is_cpu() && !is_write && (tensor.dim() == 0 || is_index),
-                  "Expected all tensors to be on the same device, but found at least two devices, sim:0 and ",
+                  "Expected all tensors to be on the same device, but found at least two devices, ", device, " and ",
                   tensor.device(), "! (when checking argument for argument ", info.schema->arguments()[i].name(),
                   " in method ", info.name, ")");
     });
@@ -119,7 +143,7 @@ at::Tensor view_on_device(const at::Tensor& cpu_view, const std::vector<AliasedT
 
 void take_back_resized(const AliasedTensor& alias) {
   if (alias.cpu.sizes() != alias.device.sizes()) resize_tensor(alias.device, alias.cpu.sizes(), std::nullopt);
-  if (alias.cpu.numel() == 0 || alias.cpu.data_ptr() == device_memory().bytes_of(alias.device.data_ptr())) return;
+  if (alias.cpu.numel() == 0 || alias.cpu.data_ptr() == bytes_of(alias.device.data_ptr())) return;
   wait_to_write(alias.device);
   KernelScope scope;
   alias_on_cpu(alias.device).copy_(alias.cpu);
@@ -169,6 +193,7 @@ Values run(const OperatorInfo& info, const Values& arguments) {
 void fallback(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* stack) {
   const OperatorInfo& info = operator_info(op);
   const Values arguments = torch::jit::pop(*stack, info.arguments.size());
+  const c10::OptionalDeviceGuard guard(device_for(arguments));
   for (c10::IValue& result : run(info, arguments)) stack->push_back(std::move(result));
 }
 

@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <iterator>
 
@@ -31,12 +32,24 @@ void for_byte_stats(DeviceMemory::Stats& stats, F apply) {
 
 }  // namespace
 
-DeviceMemory& device_memory() {
-  static DeviceMemory* memory = new DeviceMemory(kInitialCapacity);  // never destroyed: tensors may outlive statics
-  return *memory;
+DeviceMemory& device_memory(int device) {
+  static auto* memories = new std::array<DeviceMemory, kNumDevices>{
+      DeviceMemory(0, kInitialCapacity), DeviceMemory(1, kInitialCapacity)};  // tensors may outlive static objects
+  return memories->at(device);
 }
 
-DeviceMemory::DeviceMemory(size_t capacity_bytes) { map(capacity_bytes); }
+std::optional<int> device_of(const void* pointer) {
+  for (int device = 0; device < kNumDevices; device++)
+    if (device_memory(device).owns(pointer)) return device;
+  return std::nullopt;
+}
+
+char* bytes_of(const void* pointer) {
+  const std::optional<int> device = device_of(pointer);
+  return device ? device_memory(*device).bytes_of(pointer) : static_cast<char*>(const_cast<void*>(pointer));
+}
+
+DeviceMemory::DeviceMemory(int device, size_t capacity_bytes) : device_(device) { map(capacity_bytes); }
 
 void DeviceMemory::map(size_t capacity_bytes) {
   char* guard = map_pages(capacity_bytes, PROT_NONE);
@@ -59,10 +72,6 @@ void DeviceMemory::set_capacity(size_t capacity_bytes) {
   stats_ = {};
 }
 
-char* DeviceMemory::bytes_of(const void* pointer) const {
-  return owns(pointer) ? backing_ + offset(pointer) : static_cast<char*>(const_cast<void*>(pointer));
-}
-
 std::string DeviceMemory::describe(uintptr_t begin, uintptr_t end) {
   Runtime::Lock lock;
   const size_t first = offset(reinterpret_cast<void*>(begin)), num_bytes = end - begin;
@@ -72,7 +81,7 @@ std::string DeviceMemory::describe(uintptr_t begin, uintptr_t end) {
   const Block& owner = std::prev(block)->second;
   const size_t begin_in_block = first - owner.offset;
   return "from " + std::to_string(begin_in_block) + " to " + std::to_string(begin_in_block + num_bytes) +
-         " of a block of " + std::to_string(owner.requested);
+         " of a block of " + std::to_string(owner.requested) + " on sim:" + std::to_string(device_);
 }
 
 // ---- allocating
@@ -132,8 +141,8 @@ void DeviceMemory::throw_out_of_memory(size_t num_bytes) {
   stats_.num_ooms++;
   size_t largest = 0;
   for (auto& [offset, size] : unused_) largest = std::max(largest, size);
-  TORCH_CHECK_WITH(OutOfMemoryError, false, "sim out of memory. Tried to allocate ", num_bytes,
-                   " bytes. Device 0 has a total capacity of ", capacity_, " bytes of which ",
+  TORCH_CHECK_WITH(OutOfMemoryError, false, "sim out of memory. Tried to allocate ", num_bytes, " bytes. Device ",
+                   device_, " has a total capacity of ", capacity_, " bytes of which ",
                    capacity_ - stats_.reserved_bytes[0].current, " are free, at most ", largest,
                    " of them in one piece; tensors hold ", stats_.allocated_bytes[0].current, " bytes.");
 }
@@ -152,7 +161,7 @@ void DeviceMemory::free(void* pointer) {
   stats_.allocation[0].decrease(1);
   if (block.other_streams.empty()) return recycle(block);
   std::vector<EventPtr> uses;
-  for (int stream : block.other_streams) uses.push_back(Runtime::get().record(Runtime::get().stream(stream)));
+  for (Stream* stream : block.other_streams) uses.push_back(Runtime::get().record(*stream));
   pending_.push_back({std::move(block), std::move(uses)});
 }
 
@@ -177,10 +186,11 @@ void DeviceMemory::reclaim_pending() {
   pending_.erase(first_over, pending_.end());
 }
 
-void DeviceMemory::record_use(const void* pointer, int stream) {
+void DeviceMemory::record_use(const void* pointer, Stream& stream) {
   Runtime::Lock lock;
   auto found = live_.find(offset(pointer));
-  if (found != live_.end() && found->second.stream != stream) found->second.other_streams.insert(stream);
+  if (found != live_.end() && (stream.device != device_ || stream.id != found->second.stream))
+    found->second.other_streams.insert(&stream);
 }
 
 // In stream order, as the next owner's first kernel would write it.
@@ -198,7 +208,7 @@ void DeviceMemory::enqueue_free(const Block& block) {
   operation.accesses = {{{begin, begin + block.size, nullptr}, true}};
   operation.access_kind = Access::Kind::kFree;
   operation.is_bookkeeping = true;
-  runtime.enqueue(runtime.stream(block.stream), std::move(operation));
+  runtime.enqueue(runtime.stream(device_, block.stream), std::move(operation));
 }
 
 void DeviceMemory::release_cached() {

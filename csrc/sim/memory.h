@@ -11,6 +11,7 @@
 
 #include <cstddef>
 #include <map>
+#include <optional>
 #include <set>
 #include <string>
 #include <vector>
@@ -23,21 +24,20 @@ class DeviceMemory {
  public:
   using Stats = c10::CachingDeviceAllocator::DeviceStats;
 
-  explicit DeviceMemory(size_t capacity_bytes);
+  DeviceMemory(int device, size_t capacity_bytes);
   void set_capacity(size_t capacity_bytes);  // with nothing allocated
   size_t capacity() const { return capacity_; }
   size_t live_bytes();
 
   bool owns(const void* pointer) const { return pointer >= guard_ && pointer < guard_ + capacity_; }
   size_t offset(const void* pointer) const { return static_cast<const char*>(pointer) - guard_; }
-  // The bytes behind a device pointer; other pointers as they are.
-  char* bytes_of(const void* pointer) const;
+  char* bytes_of(const void* pointer) const { return backing_ + offset(pointer); }
   // Where in which block, as text for reports.
   std::string describe(uintptr_t begin, uintptr_t end);
 
   void* allocate(size_t num_bytes, int stream);  // throws c10::OutOfMemoryError
   void free(void* pointer);
-  void record_use(const void* pointer, int stream);
+  void record_use(const void* pointer, Stream& stream);
   void release_cached();
   Stats stats();
   void reset_peak_stats();
@@ -48,7 +48,7 @@ class DeviceMemory {
   struct Block {
     size_t offset, size, requested;
     int stream;
-    std::set<int> other_streams;  // that record_stream named
+    std::set<Stream*> other_streams;  // that record_stream named
   };
   struct Pending {  // freed, but other streams may still use it
     Block block;
@@ -65,6 +65,7 @@ class DeviceMemory {
   void enqueue_free(const Block& block);
   [[noreturn]] void throw_out_of_memory(size_t num_bytes);
 
+  const int device_;
   size_t capacity_ = 0;
   char* guard_ = nullptr;
   char* backing_ = nullptr;
@@ -75,6 +76,10 @@ class DeviceMemory {
   Stats stats_;
 };
 
-DeviceMemory& device_memory();
+DeviceMemory& device_memory(int device);
+// The device whose memory `pointer` points to.
+std::optional<int> device_of(const void* pointer);
+// The bytes behind a device pointer; other pointers as they are.
+char* bytes_of(const void* pointer);
 
 }  // namespace sim

@@ -20,38 +20,39 @@ namespace py = pybind11;
 namespace sim {
 namespace {
 
-void set_profile(const std::map<std::string, double>& rates) {
-  Profile profile = Runtime::get().profile();
+void set_profile(int device, const std::map<std::string, double>& rates) {
+  Profile profile = Runtime::get().profile(device);
   const std::map<std::string, double*> fields = {{"h2d_bytes_per_s", &profile.h2d_bytes_per_s},
                                                  {"d2h_bytes_per_s", &profile.d2h_bytes_per_s},
                                                  {"pageable_bytes_per_s", &profile.pageable_bytes_per_s},
                                                  {"memory_bytes_per_s", &profile.memory_bytes_per_s},
                                                  {"flops", &profile.flops},
                                                  {"latency_s", &profile.latency_s},
+                                                 {"peer_bytes_per_s", &profile.peer_bytes_per_s},
                                                  {"launch_s", &profile.launch_s},
                                                  {"both_bytes_per_s", &profile.both_bytes_per_s},
                                                  {"host_bytes_per_h2d_byte", &profile.host_bytes_per_h2d_byte},
                                                  {"host_bytes_per_d2h_byte", &profile.host_bytes_per_d2h_byte}};
   for (auto& [name, value] : rates) *fields.at(name) = value;
-  Runtime::get().set_profile(profile);
+  Runtime::get().set_profile(device, profile);
 }
 
 py::list trace() {
   py::list rows;
   for (const TaskPtr& task : Runtime::get().spans())
-    rows.append(
-        py::make_tuple(name_of(task->name), task->stream, static_cast<int>(task->engine), task->start_s, task->end_s));
+    rows.append(py::make_tuple(name_of(task->name), task->stream, static_cast<int>(task->engine), task->start_s,
+                               task->end_s, task->device));
   return rows;
 }
 
-py::bytes get_rng_state() {
-  at::Generator generator = default_generator();
+py::bytes get_rng_state(int device) {
+  at::Generator generator = default_generator(device);
   const at::Tensor state = generator.get_state();
   return {static_cast<const char*>(state.data_ptr()), static_cast<size_t>(state.numel())};
 }
 
-void set_rng_state(const std::string& bytes) {
-  at::Generator generator = default_generator();
+void set_rng_state(int device, const std::string& bytes) {
+  at::Generator generator = default_generator(device);
   at::Tensor state = generator.get_state();
   TORCH_CHECK(bytes.size() == static_cast<size_t>(state.numel()), "RNG state has ", bytes.size(), " bytes, not ",
               state.numel());
@@ -59,8 +60,8 @@ void set_rng_state(const std::string& bytes) {
   generator.set_state(state);
 }
 
-void manual_seed(uint64_t seed) {
-  at::Generator generator = default_generator();
+void manual_seed(int device, uint64_t seed) {
+  at::Generator generator = default_generator(device);
   generator.set_current_seed(seed);
 }
 
@@ -79,9 +80,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     return choices;
   });
   m.def("set_profile", &set_profile);
-  m.def("capacity", [] { return device_memory().capacity(); });
-  m.def("live_bytes", [] { return device_memory().live_bytes(); });
-  m.def("set_capacity", [](size_t num_bytes) { device_memory().set_capacity(num_bytes); });
+  m.attr("num_devices") = kNumDevices;
+  m.def("capacity", [](int device) { return device_memory(device).capacity(); });
+  m.def("live_bytes", [](int device) { return device_memory(device).live_bytes(); });
+  m.def("set_capacity", [](int device, size_t num_bytes) { device_memory(device).set_capacity(num_bytes); });
   m.def("races", [] { return Runtime::get().races(); });
   m.def("clear_races", [] { Runtime::get().clear_races(); });
   m.def("counts", [] { return Runtime::get().counts(); });
@@ -99,6 +101,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   });
   m.def("set_host_memory", [](double bytes_per_s) { Runtime::get().set_host_memory(bytes_per_s); });
   m.def("host_time_s", [] { return Runtime::get().host_time_s(); });
+  m.def("host_stamp_s", [] { return Runtime::get().host_stamp_s(); });
   m.def("own_host_clock", [] { Runtime::get().own_host_clock(); });
   m.def("host_mark", [] { return Runtime::get().host_mark(); });
   m.def("host_join", [](const HostMark& mark) { Runtime::get().host_join(mark); });

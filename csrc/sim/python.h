@@ -20,8 +20,8 @@ class ReleaseGil {
   PyThreadState* state_;
 };
 
-// The innermost Python frames outside torch, or the node of a backward pass; 0 where there is neither.
-// May take the GIL: to be called without any lock held.
+// The innermost Python frames of the program, without torch, this device and pytest, or the node of a backward pass; 0
+// where there is neither. May take the GIL: to be called without any lock held.
 NameId call_site();
 
 }  // namespace sim

@@ -10,6 +10,7 @@ namespace {
 
 std::string place_of(const Access& access) {
   std::string text = access.stream == kHostStream ? " on the host" : " on stream " + std::to_string(access.stream);
+  if (access.device) text += " of sim:" + std::to_string(access.device);
   if (access.call_site) text += " (" + name_of(access.call_site) + ")";
   return text;
 }
@@ -21,15 +22,15 @@ std::string describe(const Access& access, bool is_write) {
 std::string describe(const Footprint& bytes) {
   const std::string gaps = bytes.strides ? " with gaps" : "";
   const std::string text = std::to_string(bytes.end - bytes.begin) + " bytes" + gaps + " of ";
-  if (device_memory().owns(reinterpret_cast<void*>(bytes.begin)))
-    return text + "device memory, " + device_memory().describe(bytes.begin, bytes.end);
+  if (auto device = device_of(reinterpret_cast<void*>(bytes.begin)))
+    return text + "device memory, " + device_memory(*device).describe(bytes.begin, bytes.end);
   return text + "host memory at " + std::to_string(bytes.begin);
 }
 
 }  // namespace
 
 void RaceDetector::check(const Access& access, const VectorClock& clock, const std::vector<ByteRange>& ranges) {
-  if (access.kind == Access::Kind::kUse)
+  if (access.kind == Access::Kind::kUse || access.kind == Access::Kind::kDownload)
     for (const ByteRange& range : ranges)
       if (!range.is_write) check_fresh(access, range);
   for (const bool is_write : {true, false})  // bytes that are read and written are reported as written
@@ -58,9 +59,14 @@ void RaceDetector::check_one(const Access& access, const VectorClock& clock, con
 }
 
 void RaceDetector::check_fresh(const Access& access, const ByteRange& range) {
-  for (auto it = first_touching(range.bytes.begin); it != segments_.end() && it->first < range.bytes.end; ++it)
-    if (it->second.is_fresh && range.bytes.overlaps({it->first, it->second.end, nullptr}))
-      return add_report(describe(access, false) + " what nothing has written since it was allocated", range.bytes);
+  bool is_any_fresh = false, is_all_fresh = true;
+  for (auto it = first_touching(range.bytes.begin); it != segments_.end() && it->first < range.bytes.end; ++it) {
+    if (!range.bytes.overlaps({it->first, it->second.end, nullptr})) continue;
+    is_any_fresh |= it->second.is_fresh;
+    is_all_fresh &= it->second.is_fresh;
+  }
+  if (access.kind == Access::Kind::kDownload ? is_any_fresh && is_all_fresh : is_any_fresh)
+    add_report(describe(access, false) + " what nothing has written since it was allocated", range.bytes);
 }
 
 RaceDetector::Segments::const_iterator RaceDetector::first_touching(uintptr_t begin) const {

@@ -24,12 +24,14 @@ struct ByteRange {
 
 struct Access {
   enum class Kind {
-    kUse,   // by an operator, or declared by the host
-    kCopy,  // within the device: it may carry bytes that nothing has written, as padding
-    kFree   // by the allocator: nobody may use the bytes from here on
+    kUse,       // by an operator, or declared by the host
+    kCopy,      // within or between devices: it may carry bytes that nothing has written
+    kDownload,  // to the host: some of its bytes may be so, as padding is
+    kFree       // by the allocator: nobody may use the bytes from here on
   };
   size_t component;  // of the vector clock
   uint64_t tick;
+  int device;
   int stream;  // kHostStream for an access of the host
   NameId name;
   NameId call_site;

@@ -18,28 +18,34 @@ Runtime& Runtime::get() {
 }
 
 Runtime::Runtime() : shared_host_(std::make_shared<HostClock>(HostClock{num_components_++, {}, {}})) {
-  streams_.reserve(kPoolSize + 1);  // never moved: stream() reads without the lock
-  add_stream();
+  for (int device = 0; device < kNumDevices; device++) {
+    devices_[device].streams.reserve(kPoolSize + 1);  // never moved: stream() reads without the lock
+    add_stream(device);
+  }
 }
 
-Stream& Runtime::add_stream() {
+Stream& Runtime::add_stream(int device) {
+  auto& streams = devices_[device].streams;
   auto stream = std::make_unique<Stream>();
-  stream->id = static_cast<int>(streams_.size());
+  stream->device = device;
+  stream->id = static_cast<int>(streams.size());
   stream->component = num_components_++;
+  streams.push_back(stream.get());
   streams_.push_back(std::move(stream));
-  return *streams_.back();
+  return *streams.back();
 }
 
-Stream& Runtime::pool_stream() {
+Stream& Runtime::pool_stream(int device) {
+  DeviceState& state = devices_.at(device);
   const bool is_shared = [&] {
     Lock lock;
-    return num_streams_handed_out_++ >= kPoolSize;
+    return state.num_handed_out++ >= kPoolSize;
   }();
   if (is_shared)
     warn("more than " + std::to_string(kPoolSize) + " streams: this one is also another, whose work it waits for");
   Lock lock;
-  const size_t id = 1 + next_in_pool_++ % kPoolSize;
-  return id == streams_.size() ? add_stream() : *streams_[id];
+  const size_t id = 1 + state.next_in_pool++ % kPoolSize;
+  return id == state.streams.size() ? add_stream(device) : *state.streams[id];
 }
 
 void Runtime::configure(const Settings& settings) {
@@ -57,8 +63,10 @@ void Runtime::configure(const Settings& settings) {
   is_in_vain_ = false;
   warnings_.clear();
   warned_.clear();
-  num_streams_handed_out_ = 0;
-  if (executor_ == Executor::kSystematic) next_in_pool_ = 0;  // the program gets the same streams each time
+  for (DeviceState& device : devices_) {
+    device.num_handed_out = 0;
+    if (executor_ == Executor::kSystematic) device.next_in_pool = 0;  // the program gets the same streams each time
+  }
   races_on_ = settings.races;
   poison_ = settings.poison;
   detector_.clear();
@@ -72,10 +80,10 @@ void Runtime::configure(const Settings& settings) {
   shared_host_->now = {};
 }
 
-void Runtime::set_profile(const Profile& profile) {
+void Runtime::set_profile(int device, const Profile& profile) {
   Lock lock;
-  profile_ = profile;
-  schedule_.set_duplex_speeds(0, std::min(1.0, profile.both_bytes_per_s / profile.h2d_bytes_per_s),
+  devices_.at(device).profile = profile;
+  schedule_.set_duplex_speeds(device, std::min(1.0, profile.both_bytes_per_s / profile.h2d_bytes_per_s),
                               std::min(1.0, profile.both_bytes_per_s / profile.d2h_bytes_per_s));
 }
 
@@ -98,18 +106,21 @@ void Runtime::charge(Stream& stream, const Operation& operation, NameId call_sit
   stream.clock.join(host().clock);
   if (!operation.is_bookkeeping) {
     num_operations_++;
-    host().now.offset_s += profile_.launch_s;
+    const Profile& profile = devices_[stream.device].profile;
+    host().now.offset_s += profile.launch_s;
     Task task;
     task.name = operation.name;
     task.stream = stream.id;
+    task.device = stream.device;
     task.engine = operation.cost.engine;
-    task.seconds = operation.cost.seconds(profile_);
-    if (task.seconds > 0) task.host_bytes_per_s = operation.cost.host_bytes(profile_) / task.seconds;
+    task.seconds = operation.cost.seconds(profile);
+    if (task.seconds > 0) task.host_bytes_per_s = operation.cost.host_bytes(profile) / task.seconds;
     add_task(stream, std::move(task));
   }
   const uint64_t tick = stream.clock.advance(stream.component);
   if (!races_on_) return;
-  const Access access{stream.component, tick, stream.id, operation.name, call_site, operation.access_kind};
+  const Access access{stream.component, tick,      stream.device,        stream.id,
+                      operation.name,   call_site, operation.access_kind};
   detector_.check(access, stream.clock, operation.accesses);
 }
 
@@ -184,13 +195,17 @@ void Runtime::synchronize(const EventPtr& event) {
   join_host(event->clock, {event->task, 0});
 }
 
-void Runtime::synchronize() {
+void Runtime::synchronize(int device) {
   size_t num_streams;
   {
     Lock lock;
-    num_streams = streams_.size();
+    num_streams = devices_.at(device).streams.size();
   }
-  for (size_t i = 0; i < num_streams; i++) synchronize(stream(static_cast<int>(i)));
+  for (size_t i = 0; i < num_streams; i++) synchronize(stream(device, static_cast<int>(i)));
+}
+
+void Runtime::synchronize() {
+  for (int device = 0; device < kNumDevices; device++) synchronize(device);
 }
 
 // A query makes a step of progress: a loop that polls would otherwise never end where nothing runs by itself.
@@ -230,7 +245,7 @@ void Runtime::host_access(const ByteRange& range, const std::string& name) {
   if (executor_ == Executor::kSystematic) explore(nullptr, 0);
   HostClock& host = this->host();
   const uint64_t tick = host.clock.advance(host.component);
-  detector_.check({host.component, tick, kHostStream, intern(name), site}, host.clock, {range});
+  detector_.check({host.component, tick, 0, kHostStream, intern(name), site}, host.clock, {range});
 }
 
 void Runtime::host_charge(double seconds, double num_bytes, const std::string& name) {
@@ -247,6 +262,8 @@ double Runtime::host_time_s() {
   return schedule_.time_s(host().now);
 }
 
+double Runtime::host_stamp_s() { return executor_ == Executor::kThreads ? wall_time_s() : host_time_s(); }
+
 // A clock whose thread has ended serves the next one: components stay few, and what was known of them stays true.
 void Runtime::own_host_clock() {
   Lock lock;
@@ -256,7 +273,7 @@ void Runtime::own_host_clock() {
   if (unused == own_hosts_.end())
     unused = own_hosts_.insert(unused, std::make_shared<HostClock>(HostClock{num_components_++, {}, {}}));
   (*unused)->clock.join(shared_host_->clock);
-  (*unused)->now = shared_host_->now;
+  (*unused)->now = {};  // not the time of a clock that runs on while this thread starts: joining a mark says when it is
   own_host_of_thread = *unused;
 }
 

@@ -37,6 +37,7 @@ TaskPtr Schedule::add(Task given, const std::vector<Moment>& after, bool is_trac
   task->order = num_added_++;
   num_unfinished_++;
   for (const Moment& moment : after) {
+    if (is_past(moment)) continue;
     if (moment.task && !moment.task->is_done) {
       moment.task->followers.emplace_back(task, moment.offset_s);
       task->num_awaited++;
@@ -60,6 +61,7 @@ Moment Schedule::later(const Moment& a, const Moment& b) {
 }
 
 double Schedule::time_s(const Moment& moment) {
+  if (is_past(moment)) return 0;
   if (!moment.task) return moment.offset_s;
   while (!moment.task->is_done) step();
   return moment.task->end_s + moment.offset_s;
@@ -75,6 +77,7 @@ void Schedule::clear() {
   for (auto& [id, engine] : engines_) engine.busy.clear();
   spans_.clear();
   now_s_ = 0;
+  first_order_ = num_added_;
 }
 
 void Schedule::set_duplex_speeds(int device, double h2d_speed, double d2h_speed) {

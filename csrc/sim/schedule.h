@@ -67,6 +67,8 @@ class Schedule {
     EngineState* opposite = nullptr;
   };
 
+  // Of a task from before the clock was set to 0.
+  bool is_past(const Moment& moment) const { return moment.task && moment.task->order < first_order_; }
   EngineState& engine_of(const Task& task) { return engines_[{task.device, task.engine}]; }
   void step();
   void run_all();
@@ -80,7 +82,7 @@ class Schedule {
   std::vector<TaskPtr> running_;
   std::deque<TaskPtr> spans_;
   size_t num_unfinished_ = 0;
-  uint64_t num_added_ = 0;
+  uint64_t num_added_ = 0, first_order_ = 0;
   double now_s_ = 0;
   double host_bytes_per_s_ = std::numeric_limits<double>::infinity();
 };

@@ -5,6 +5,7 @@
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/view_native.h>
 #include <c10/core/CPUAllocator.h>
+#include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
 #include "device.h"
@@ -15,9 +16,7 @@ namespace {
 
 const c10::DispatchKeySet kKeys(c10::DispatchKey::PrivateUse1);
 
-void* bytes_of(const at::Tensor& tensor) {
-  return tensor.numel() ? device_memory().bytes_of(tensor.data_ptr()) : nullptr;
-}
+void* bytes_of(const at::Tensor& tensor) { return tensor.numel() ? sim::bytes_of(tensor.data_ptr()) : nullptr; }
 
 at::TensorOptions cpu_options(const at::Tensor& tensor) {
   return at::TensorOptions().dtype(tensor.dtype()).device(at::kCPU);
@@ -28,15 +27,17 @@ void refuse_pinning(std::optional<bool> pin_memory) {
 }
 
 at::Tensor empty_strided(at::IntArrayRef sizes, at::IntArrayRef strides, std::optional<at::ScalarType> dtype,
-                         std::optional<at::Layout>, std::optional<at::Device>, std::optional<bool> pin_memory) {
+                         std::optional<at::Layout>, std::optional<at::Device> device, std::optional<bool> pin_memory) {
   refuse_pinning(pin_memory);
+  const c10::OptionalDeviceGuard guard(device);
   return empty_on_device(sizes, strides, c10::dtype_or_default(dtype));
 }
 
 at::Tensor empty_memory_format(at::IntArrayRef sizes, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
-                               std::optional<at::Device>, std::optional<bool> pin_memory,
+                               std::optional<at::Device> device, std::optional<bool> pin_memory,
                                std::optional<at::MemoryFormat> format) {
   refuse_pinning(pin_memory);
+  const c10::OptionalDeviceGuard guard(device);
   return at::detail::empty_generic(sizes, device_allocator(), kKeys, c10::dtype_or_default(dtype), format);
 }
 
@@ -137,8 +138,11 @@ const at::Tensor& resize_tensor(const at::Tensor& self, at::IntArrayRef sizes, s
 
 ByteRange range_of(const at::Tensor& tensor, bool is_write) {
   if (tensor.numel() == 0) return {{0, 0, nullptr}, is_write};
-  Footprint bytes = footprint_of(reinterpret_cast<uintptr_t>(tensor.data_ptr()), tensor.sizes().data(),
-                                 tensor.strides().data(), tensor.sizes().size(), tensor.element_size());
+  const auto begin = reinterpret_cast<uintptr_t>(tensor.data_ptr());
+  Footprint bytes{begin, begin + tensor.nbytes(), nullptr};
+  if (!tensor.is_non_overlapping_and_dense())
+    bytes = footprint_of(reinterpret_cast<uintptr_t>(tensor.data_ptr()), tensor.sizes().data(), tensor.strides().data(),
+                         tensor.sizes().size(), tensor.element_size());
   if (is_on_device(tensor)) {
     const size_t needed = tensor.storage_offset() * tensor.element_size() + (bytes.end - bytes.begin);
     TORCH_CHECK(needed <= tensor.storage().nbytes(), "sim: use after free: a tensor needs ", needed,

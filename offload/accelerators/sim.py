@@ -17,7 +17,7 @@ from torch import Tensor
 
 from offload.accelerators.base import Accelerator
 from offload.accelerators.sim_device import load, loaded, set_capacity
-from offload.accelerators.sim_rates import DEFAULT_RATES, emulate, set_profile, update_seconds
+from offload.accelerators.sim_rates import emulate, reset_rates, set_profile, update_seconds
 
 __all__ = [
     "Executor",
@@ -48,20 +48,23 @@ __all__ = [
 Executor = Literal["sync", "threads", "lazy", "eager", "random", "systematic"]
 
 _EXECUTORS: tuple[Executor, ...] = get_args(Executor)
-_ENGINES = ("compute", "h2d", "d2h", "host")
+_ENGINES = ("compute", "h2d", "d2h", "host", "peer")
 
 _DEFAULT_CAPACITY = "1GiB"
 _CHOICE_BITS = 6  # of a seed of "systematic": the host and 33 streams at most are what a choice is among
 
 
 class TraceSpan(NamedTuple):
-    """One operation in virtual time: its name, stream, engine ("compute", "h2d", "d2h" or "host"), start and end."""
+    """One operation in virtual time: its name, stream (-1 for the host's work), engine ("compute", "h2d", "d2h", "peer"
+    for a copy to another device, or "host"), start and end, and the device's index.
+    """
 
     name: str
     stream: int
     engine: str
     start_s: float
     end_s: float
+    device: int = 0
 
 
 def configure(
@@ -116,9 +119,10 @@ def _choices_of(seed: int) -> list[int]:
 
 def reset() -> None:
     """What :func:`configure` starts from, for the next test: 1 GiB, rates as at first, nothing cached."""
+    torch.accelerator.set_device_index(0)
     torch.accelerator.synchronize()
     torch.accelerator.empty_cache()
-    set_profile(**DEFAULT_RATES)
+    reset_rates()
     configure(capacity=_DEFAULT_CAPACITY)
 
 
@@ -227,7 +231,7 @@ class SimAccelerator(Accelerator):
         host_charge(update_seconds(numel, measured_s=seconds), name, num_bytes)
 
     def host_time_s(self) -> float:
-        return host_time_s()
+        return float(loaded().host_stamp_s())
 
     def own_host_clock(self) -> None:
         own_host_clock()

@@ -25,16 +25,20 @@ class DeviceModule:
     _initialized = True  # torch.utils.checkpoint then keeps the device's random state
 
     class device:  # noqa: N801 - torch's name
-        """Context of the one device there is."""
+        """Context in which a device is the current one; None and negative indices change nothing."""
 
-        def __init__(self, index: object) -> None:
-            pass
+        def __init__(self, index: torch.device | int | None) -> None:
+            self.idx = _index_of(index)
+            self.prev_idx = -1
 
         def __enter__(self) -> DeviceModule.device:
+            self.prev_idx = torch.accelerator.current_device_index()
+            if self.idx >= 0:
+                torch.accelerator.set_device_index(self.idx)
             return self
 
         def __exit__(self, *exc_info: object) -> None:
-            pass
+            torch.accelerator.set_device_index(self.prev_idx)
 
     def is_available(self) -> bool:
         return True
@@ -46,13 +50,13 @@ class DeviceModule:
         return False
 
     def device_count(self) -> int:
-        return 1
+        return int(_extension.num_devices)
 
     def current_device(self) -> int:
-        return 0
+        return torch.accelerator.current_device_index()
 
-    def set_device(self, device: object) -> None:
-        pass
+    def set_device(self, device: torch.device | int) -> None:
+        torch.accelerator.set_device_index(_index_of(device))
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.float16, torch.bfloat16]
@@ -61,16 +65,17 @@ class DeviceModule:
         return True
 
     def manual_seed(self, seed: int) -> None:
-        _extension.manual_seed(seed)
+        _extension.manual_seed(self.current_device(), seed)
 
     def manual_seed_all(self, seed: int) -> None:
-        _extension.manual_seed(seed)
+        for device in range(self.device_count()):
+            _extension.manual_seed(device, seed)
 
-    def get_rng_state(self, device: object = 0) -> Tensor:
-        return torch.frombuffer(bytearray(_extension.get_rng_state()), dtype=torch.uint8)
+    def get_rng_state(self, device: torch.device | int | str = "sim") -> Tensor:
+        return torch.frombuffer(bytearray(_extension.get_rng_state(_some_index(device))), dtype=torch.uint8)
 
-    def set_rng_state(self, new_state: Tensor, device: object = 0) -> None:
-        _extension.set_rng_state(bytes(new_state.tolist()))
+    def set_rng_state(self, new_state: Tensor, device: torch.device | int | str = "sim") -> None:
+        _extension.set_rng_state(_some_index(device), bytes(new_state.tolist()))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch.accelerator, name)
@@ -101,18 +106,41 @@ def loaded() -> Any:
     return _extension
 
 
-def set_capacity(capacity: int | str) -> None:
-    """See :func:`offload.testing.sim.configure`."""
+def devices(device: int | None) -> range:
+    """``device``, or all for None. Raises ValueError if there is no such device."""
+    num_devices = int(loaded().num_devices)
+    if device is None:
+        return range(num_devices)
+    if not 0 <= device < num_devices:
+        raise ValueError(f"device must be from 0 to {num_devices - 1}, not {device!r}")
+    return range(device, device + 1)
+
+
+def set_capacity(capacity: int | str, device: int | None = None) -> None:
+    """See :func:`offload.testing.sim.configure`; of one device, or of each."""
     extension, capacity_bytes = loaded(), _parse_bytes(capacity)
-    if capacity_bytes == extension.capacity():
-        return
-    gc.collect()  # tensors in reference cycles would count as live
-    if extension.live_bytes():
-        raise RuntimeError(
-            f"capacity cannot change while {extension.live_bytes()} bytes of device memory are in use: delete those "
-            "tensors first"
-        )
-    extension.set_capacity(capacity_bytes)
+    for index in devices(device):
+        if capacity_bytes == extension.capacity(index):
+            continue
+        gc.collect()  # tensors in reference cycles would count as live
+        if extension.live_bytes(index):
+            raise RuntimeError(
+                f"capacity cannot change while {extension.live_bytes(index)} bytes of device memory are in use on "
+                f"sim:{index}: delete those tensors first"
+            )
+        extension.set_capacity(index, capacity_bytes)
+
+
+def _index_of(device: torch.device | int | None) -> int:
+    """The index, or -1 for the current device."""
+    if isinstance(device, torch.device):
+        device = device.index
+    return -1 if device is None else device
+
+
+def _some_index(device: torch.device | int | str) -> int:
+    index = _index_of(torch.device(device) if isinstance(device, str) else device)
+    return torch.accelerator.current_device_index() if index < 0 else index
 
 
 def _parse_bytes(size: int | str) -> int:

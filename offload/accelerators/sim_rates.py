@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from offload.accelerators.sim_device import loaded, set_capacity
+from offload.accelerators.sim_device import devices, loaded, set_capacity
 
 if TYPE_CHECKING:
     from offload.hardware import HardwareProfile
@@ -16,6 +16,7 @@ DEFAULT_RATES = {
     "d2h_bytes_per_s": 12e9,
     "both_bytes_per_s": math.inf,
     "pageable_bytes_per_s": 4e9,
+    "peer_bytes_per_s": 24e9,
     "memory_bytes_per_s": 2e12,
     "flops": 50e12,
     "latency_s": 5e-6,
@@ -36,10 +37,12 @@ _update_rate = math.inf  # parameters/s of host work that says how many it updat
 
 def set_profile(
     *,
+    device: int | None = None,
     h2d_bytes_per_s: float | None = None,
     d2h_bytes_per_s: float | None = None,
     both_bytes_per_s: float | None = None,
     pageable_bytes_per_s: float | None = None,
+    peer_bytes_per_s: float | None = None,
     memory_bytes_per_s: float | None = None,
     flops: float | None = None,
     latency_s: float | None = None,
@@ -52,30 +55,44 @@ def set_profile(
     """Set what operations cost in virtual time (and what links cost in "threads"); None leaves a rate as it is.
 
     Args:
+        device: index of the device that is meant, or all of them.
         h2d_bytes_per_s, d2h_bytes_per_s: link rates, each direction on its own.
         both_bytes_per_s: of each direction while both are busy; unlimited at first.
         pageable_bytes_per_s: link rate from or to host memory that is not pinned.
+        peer_bytes_per_s: from this device to another, each way on its own.
         memory_bytes_per_s, flops: of the device; an operation takes the longer of the two.
         latency_s: of a copy. launch_s: of the host, for each operation enqueued.
         host_bytes_per_h2d_byte, host_bytes_per_d2h_byte: what a copied byte takes of host memory.
-        host_dram_bytes_per_s: of host memory, which copies and declared host work share; unlimited at first.
+        host_dram_bytes_per_s: of host memory, which all copies and declared host work share; unlimited at first.
         host_update_params_per_s: of host work that says how many parameters it updates. While this is unlimited, as at
             first, such work takes the time that it really took.
     """
-    rates = {name: value for name, value in locals().items() if value is not None}
+    rates = {name: value for name, value in locals().items() if value is not None and name != "device"}
     for name, value in rates.items():
         if value < 0 or (value == 0 and name in _POSITIVE_RATES):
             raise ValueError(f"{name} must be positive, not {value}")
+    _apply(rates, device)
+
+
+def reset_rates() -> None:
+    """What every device starts with."""
+    _apply(dict(DEFAULT_RATES), None)
+
+
+def _apply(rates: dict[str, float], device: int | None) -> None:
     global _update_rate
     extension = loaded()
     _update_rate = rates.pop("host_update_params_per_s", _update_rate)
     if "host_dram_bytes_per_s" in rates:
         extension.set_host_memory(rates.pop("host_dram_bytes_per_s"))
-    extension.set_profile(rates)
+    for index in devices(device):
+        extension.set_profile(index, rates)
 
 
-def emulate(profile: HardwareProfile) -> None:
+def emulate(profile: HardwareProfile, device: int | None = None) -> None:
     """Play the machine of ``profile`` (see :meth:`offload.HardwareProfile.load`) in virtual time, and its capacity.
+
+    One device does, or all of them. What the host does, and its memory, are those of the profile played last.
 
     Rates, latencies and what shares what are the profile's. An operator of the device takes its latency on the host,
     and on the device the time of its FLOPs or of its bytes, whichever is longer; a CPU update of the optimizer takes
@@ -84,8 +101,9 @@ def emulate(profile: HardwareProfile) -> None:
     Raises:
         RuntimeError: device memory is in use, which keeps the capacity from changing.
     """
-    set_capacity(profile.device_memory_bytes)
+    set_capacity(profile.device_memory_bytes, device)
     set_profile(
+        device=device,
         h2d_bytes_per_s=profile.h2d_bytes_per_s,
         d2h_bytes_per_s=profile.d2h_bytes_per_s,
         both_bytes_per_s=profile.both_bytes_per_s,
