@@ -35,7 +35,10 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
   for (const char* name : {// Composites that pick a backend by device, and have none for this one.
                            "convolution", "convolution_backward",
                            // Composites elsewhere, but one kernel each on the CPU and on CUDA.
-                           "native_layer_norm", "native_group_norm", "silu_backward", "mish_backward"})
+                           "native_layer_norm", "native_group_norm", "silu_backward", "mish_backward", "addr",
+                           "addr.out", "all.dims", "all.dims_out", "any.dims", "any.dims_out", "linalg__powsum",
+                           // Checks for devices that it knows.
+                           "mode.values"})
     library.impl(name, torch::CppFunction::makeFromBoxedFunction<&fallback>());
 }
 
