@@ -146,7 +146,12 @@ def _check_sample(op: Any, call: Callable[[Any, _Sample], Any], sample: _Sample,
 
 
 def _judge(
-    op: Any, call: Callable[[Any, _Sample], Any], sample: _Sample, device_sample: _Sample, expected: Any, error: Exception
+    op: Any,
+    call: Callable[[Any, _Sample], Any],
+    sample: _Sample,
+    device_sample: _Sample,
+    expected: Any,
+    error: Exception,
 ) -> tuple[str, str]:
     """A difference may be right, where the values are not defined or are drawn from a generator."""
     reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -282,7 +287,10 @@ def _tolerance(op: Any, dtype: torch.dtype) -> dict[str, float]:
     ]
     if not declared:
         return {}
-    return {"atol": max(tolerance.atol for tolerance in declared), "rtol": max(tolerance.rtol for tolerance in declared)}
+    return {
+        "atol": max(tolerance.atol for tolerance in declared),
+        "rtol": max(tolerance.rtol for tolerance in declared),
+    }
 
 
 def _shapes(result: Any) -> list[object]:

@@ -87,10 +87,12 @@ class Worker:
         self._process = context.Process(target=_answer, args=(self._check, theirs), daemon=True)
         self._process.start()
         theirs.close()  # so that the end of the process is the end of the pipe
+        self._connection.recv()  # it is ready: what it imports is not counted as the time of an answer
         return self._connection
 
 
 def _answer(check: Check, connection: Connection) -> None:
+    connection.send("ready")
     while True:
         connection.send(check(*connection.recv()))
 
@@ -109,7 +111,9 @@ class Sweep:
     @property
     def supported(self) -> list[str]:
         """Operators that the CPU could run, and those whose process died."""
-        answered = [name for name, found in self.outcomes.items() if any(status != "unsupported" for _, status, _ in found)]
+        answered = [
+            name for name, found in self.outcomes.items() if any(status != "unsupported" for _, status, _ in found)
+        ]
         return [*answered, *self.crashes]
 
     @property
@@ -129,7 +133,9 @@ class Sweep:
         return 1 - (len(self.disagreeing) + len(self.crashes)) / max(1, len(self.supported))
 
 
-def sweep(names: Iterable[str], num_samples: int, variants: tuple[str, ...], check: Check = check, num_workers: int = 2) -> Sweep:
+def sweep(
+    names: Iterable[str], num_samples: int, variants: tuple[str, ...], check: Check = check, num_workers: int = 2
+) -> Sweep:
     """Check every operator of ``names`` in one of ``num_workers`` processes."""
     found, waiting = Sweep(), queue.SimpleQueue[str]()
     for name in names:
@@ -184,11 +190,14 @@ def operator_names() -> list[str]:
 
 
 def main() -> None:
+    from offload.testing import sim
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="forward and backward only, one sample each")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these operators instead of all")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     options = parser.parse_args()
+    sim.load()  # built here if need be: a worker has so long for its answer
     start_s = time.perf_counter()
     num_samples, variants = (QUICK_SAMPLES, QUICK_VARIANTS) if options.quick else (SAMPLES, VARIANTS)
     found = sweep(options.only or operator_names(), num_samples, variants, num_workers=min(4, os.cpu_count() or 1))

@@ -24,13 +24,13 @@ FAMILIES = [
     "nn.functional.dropout", "bernoulli", "randn_like", "empty_like", "new_full", "arange",  # generators, factories
     "unfold", "as_strided", "expand", "diagonal", "split", "squeeze",  # views
     "sort", "topk", "mode", "std_mean", "cumsum", "nn.functional.mse_loss",  # several results, out=
-    "nn.functional.scaled_dot_product_attention", "nn.functional.max_pool2d", "nn.functional.interpolate",
+    "nn.functional.scaled_dot_product_attention", "nn.functional.max_pool2d",
     "to_sparse", "native_layer_norm",  # known to differ
 ]  # fmt: skip
 
 
 def test_operators_agree_with_the_cpu(sim_device: object) -> None:
-    found = sweep(FAMILIES, num_samples=2, variants=sim_opinfo.VARIANTS, num_workers=1)
+    found = sweep(FAMILIES, num_samples=1, variants=sim_opinfo.VARIANTS, num_workers=1)
     assert found.crashes == {}
     assert found.supported == FAMILIES
     assert set(found.disagreeing) == {"to_sparse", "native_layer_norm"}, json.dumps(found.disagreeing, indent=1)
@@ -48,9 +48,9 @@ def die_or_hang(name: str, num_samples: int, variants: tuple[str, ...]) -> Outco
 
 
 def test_a_crash_is_counted_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sim_opinfo, "ANSWER_LIMIT_S", 10.0)
+    monkeypatch.setattr(sim_opinfo, "ANSWER_LIMIT_S", 2.0)
     found = sweep(["well", "dies", "exits", "hangs", "differs", "well too"], 1, (), check=die_or_hang, num_workers=1)
-    assert found.crashes == {"dies": "died with SIGSEGV", "exits": "exited with 3", "hangs": "no answer in 10 s"}
+    assert found.crashes == {"dies": "died with SIGSEGV", "exits": "exited with 3", "hangs": "no answer in 2 s"}
     assert list(found.disagreeing) == ["differs"]
     assert set(found.outcomes) == {"well", "differs", "well too"}
     assert found.agree_fraction == pytest.approx(2 / 6)
@@ -71,7 +71,9 @@ def test_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     result = figures(Sweep(outcomes, crashes={"mm": "died with SIGSEGV"}))
     assert result["agree_fraction"] == pytest.approx(1 / 3, abs=1e-4)
     assert (result["crashes"], result["known_bugs_reported"], result["false_reports"]) == (1, 12, 0)
-    assert result["disagreeing"] == {"to_sparse": [KNOWN_DIFFERENCES["to_sparse"], "forward float32: no sparse tensors"]}
+    assert result["disagreeing"] == {
+        "to_sparse": [KNOWN_DIFFERENCES["to_sparse"], "forward float32: no sparse tensors"]
+    }
 
 
 def test_known_bugs_are_null_where_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +90,9 @@ def test_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: p
 
     monkeypatch.setattr(sim_opinfo, "sweep", sweep_nothing)
     monkeypatch.setattr(sim_opinfo, "known_bugs", lambda: (None, None))
-    monkeypatch.setattr(sys, "argv", ["sim_opinfo", "--quick", "--only", "add", "--json", str(tmp_path / "figures.json")])
+    monkeypatch.setattr(
+        sys, "argv", ["sim_opinfo", "--quick", "--only", "add", "--json", str(tmp_path / "figures.json")]
+    )
     sim_opinfo.main()
     assert asked == [["add"], sim_opinfo.QUICK_SAMPLES, sim_opinfo.QUICK_VARIANTS]
     written = json.loads((tmp_path / "figures.json").read_text())

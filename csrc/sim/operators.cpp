@@ -38,6 +38,7 @@ Path path_of(const OperatorInfo& info) {
     if (returned.alias_info() && !returned.alias_info()->isWrite()) return Path::kView;
     if (!holds_tensors(*returned.type())) return Path::kHostWaits;
   }
+  if (info.name == "aten::index.Tensor") return Path::kAsync;  // tagged for masks, which indexing.cpp replaces
   const bool depends_on_data =
       info.handle.hasTag(at::Tag::dynamic_output_shape) || info.handle.hasTag(at::Tag::data_dependent_output);
   return depends_on_data || has_shapes_of_its_own(info) ? Path::kHostWaits : Path::kAsync;
