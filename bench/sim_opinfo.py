@@ -1,4 +1,4 @@
-"""Do torch's operators do on the emulated device what they do on the CPU? python -m bench.sim_opinfo [--quick] [--json FILE]
+"""Do torch's operators do on the emulated device what they do on the CPU? python -m bench.sim_opinfo [--quick]
 
 Goes through torch's OpInfo database: forward and backward, in place and with out=, in float32 and bfloat16, first
 samples. Operators are checked in processes that are started again when one dies, so a crash is counted and named.
@@ -33,7 +33,8 @@ _STATISTICS = "its statistics have the dtype and size that Meta kernels give the
 _SPARSE = "the device has no sparse tensors, and says so"
 KNOWN_DIFFERENCES = {
     "_batch_norm_with_update": _STATISTICS, "_native_batch_norm_legit": _STATISTICS, "native_batch_norm": _STATISTICS,
-    "native_layer_norm": _STATISTICS, "sparse.mm.reduce": _SPARSE, "sparse.sampled_addmm": _SPARSE, "to_sparse": _SPARSE,
+    "native_layer_norm": _STATISTICS, "sparse.mm.reduce": _SPARSE, "sparse.sampled_addmm": _SPARSE,
+    "to_sparse": _SPARSE,
 }  # fmt: skip
 
 Outcomes = list[tuple[str, str, str]]  # check, status, reason

@@ -1,4 +1,4 @@
-"""Models with random weights, one of each kind that people train, and a training loss for each: for comparing devices."""
+"""Models with random weights, one of each kind that people train, each with a loss: for comparing devices."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from bench import sim_opinfo
 from bench.sim_opinfo import KNOWN_DIFFERENCES, Outcomes, Sweep, figures, sweep
 
