@@ -11,12 +11,14 @@ from __future__ import annotations
 import gc
 import re
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, NamedTuple, NoReturn, get_args
 
 import torch
 from torch import Tensor
 from torch.utils import backend_registration
 
+from offload.accelerators import sim_process_group
 from offload.accelerators.base import Accelerator
 from offload.accelerators.sim_build import load_extension
 
@@ -107,6 +109,9 @@ class _DeviceModule:
     def set_device(self, device: object) -> None:
         pass
 
+    def stream(self, stream: torch.Stream | None) -> AbstractContextManager[object]:
+        return stream if stream is not None else nullcontext()
+
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.float16, torch.bfloat16]
 
@@ -125,8 +130,29 @@ class _DeviceModule:
     def set_rng_state(self, new_state: Tensor, device: object = 0) -> None:
         _extension.set_rng_state(bytes(new_state.tolist()))
 
+    @property
+    def PythonWrapperCodegen(self) -> type:  # noqa: N802 - what torch's inductor asks a device for
+        from torch._inductor.codegen.common import DeviceOpOverrides, register_device_op_overrides
+        from torch._inductor.codegen.wrapper import PythonWrapperCodegen
+
+        register_device_op_overrides("sim", DeviceOpOverrides())  # or inductor fails before it asks for code
+        return type("SimWrapperCodegen", (PythonWrapperCodegen,), {"create": staticmethod(_refuse_inductor)})
+
+    CppWrapperCodegen = WrapperFxCodegen = PythonWrapperCodegen
+
+    class Scheduling:
+        def __init__(self, *args: object) -> None:
+            _refuse_inductor()
+
     def __getattr__(self, name: str) -> Any:
         return getattr(torch.accelerator, name)
+
+
+def _refuse_inductor(*args: object) -> NoReturn:
+    raise NotImplementedError(
+        "inductor's C++ kernels follow the pointers of their tensors, and those of the emulated device lead nowhere on "
+        "the host: compile with backend='aot_eager', or compile the model on the CPU"
+    )
 
 
 def load() -> None:
@@ -145,6 +171,7 @@ def load() -> None:
     backend_registration.rename_privateuse1_backend("sim")
     torch._register_device_module("sim", _DeviceModule())  # type: ignore[no-untyped-call]
     backend_registration.generate_methods_for_privateuse1_backend(for_storage=True)
+    sim_process_group.register()
 
 
 def configure(
