@@ -1,7 +1,7 @@
 """Process groups for tensors of the emulated device: gloo's, through host memory.
 
-``torch.distributed.init_process_group("sim_gloo")`` after ``sim.load()``. Data parallel training (DDP, FSDP2) of tensors
-on the device then runs in several processes on one machine without an accelerator.
+``torch.distributed.init_process_group("sim_gloo")`` after ``sim.load()``. Data parallel training (DDP, FSDP2) of
+tensors on the device then runs in several processes on one machine without an accelerator.
 """
 
 from __future__ import annotations
