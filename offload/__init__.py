@@ -15,11 +15,16 @@ from offload.pool import BudgetError
 if TYPE_CHECKING:
     from offload.calibration import calibrate
     from offload.estimate import measured_budget
+    from offload.module_waits import wait_in_modules
 
 __version__ = "0.1.0"
 
 # Imported when first asked for: a training script seldom does.
-_LAZY = {"calibrate": "offload.calibration", "measured_budget": "offload.estimate"}
+_LAZY = {
+    "calibrate": "offload.calibration",
+    "measured_budget": "offload.estimate",
+    "wait_in_modules": "offload.module_waits",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -47,4 +52,5 @@ __all__ = [
     "calibrate",
     "lower",
     "measured_budget",
+    "wait_in_modules",
 ]

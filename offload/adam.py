@@ -27,10 +27,15 @@ class ParamSlice:
 
 @dataclass(frozen=True, slots=True)
 class SliceUpdate:
-    """What one step does to one parameter: its flat gradient on the device, and the step's scalars."""
+    """What one step does to one parameter: flat gradient and flat parameter on the device, and the step's scalars.
+
+    ``param`` shares the parameter's storage and version counter. It is taken before the step: what the step does must
+    not touch the parameter itself, which may be pending (:mod:`offload.pending`) by then.
+    """
 
     slice: ParamSlice
     grad: Tensor
+    param: Tensor
     scalars: AdamScalars
 
 
@@ -96,7 +101,7 @@ class AdamSubgroup:
     def upload(self, staging: Staging) -> None:
         param = self._typed(staging.param)
         for update in self._updates:
-            _flat(update.slice.param).copy_(update.slice.within(param), non_blocking=True)
+            update.param.copy_(update.slice.within(param), non_blocking=True)
 
     def prefetch(self, slot: Slot) -> None:
         self._in_slot(slot).copy_(self.state, non_blocking=True)
@@ -112,7 +117,7 @@ class AdamSubgroup:
 
     def _update_on_device(self, state: Tensor) -> None:
         for update in self._updates:
-            self._adam_step(update.slice.within(state), update.grad, _flat(update.slice.param), update.scalars)
+            self._adam_step(update.slice.within(state), update.grad, update.param, update.scalars)
 
     def _adam_step(self, state: Tensor, grad: Tensor, param_out: Tensor, scalars: AdamScalars) -> None:
         master, exp_avg, exp_avg_sq, *amsgrad = state.unbind()
@@ -127,7 +132,7 @@ class AdamSubgroup:
         return staging[: self.state.shape[1] * self.dtype.itemsize].view(self.dtype)
 
 
-def _flat(param: Tensor) -> Tensor:
+def flat(param: Tensor) -> Tensor:
     """A flat view that shares the parameter's storage and version counter, outside autograd."""
     return param.detach().view(-1)
 
@@ -139,7 +144,7 @@ def read_master(actions: AdamSubgroup, item: ParamSlice) -> None:
     user's edit of a parameter wins, and a checkpoint's master survives loading the model after the optimizer.
     """
     master = item.within(actions.state[0])
-    param = _flat(item.param).to(master.device)
+    param = flat(item.param).to(master.device)
     bits = torch.int32 if param.itemsize == 4 else torch.int16
     unchanged = master.to(param.dtype).view(bits) == param.view(bits)
     torch.where(unchanged, master, param.float(), out=master)

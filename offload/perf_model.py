@@ -69,8 +69,10 @@ class Rates:
         launch_s, host_rate, device_rate = (
             self.launch_latency_s, self.host_update_params_per_s, self.device_update_params_per_s,
         )  # fmt: skip
+        device = Cost(lambda work: launch_s + work.numel / device_rate)
         return {
-            "compute": Cost(lambda work: launch_s + work.numel / device_rate),
+            "compute": device,
+            "update": device,
             "host": Cost(lambda work: work.numel / host_rate, lambda work: work.host_bytes),
             "h2d": self._copy_cost(self.h2d_bytes_per_s, self.host_bytes_per_h2d_byte),
             "d2h": self._copy_cost(self.d2h_bytes_per_s, self.host_bytes_per_d2h_byte),
