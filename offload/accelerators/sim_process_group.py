@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,18 +49,26 @@ class _Done(dist.Work):
         return self._future
 
 
-def _through_host(name: str) -> Callable[..., _Done]:
+def _on_host(tensor: Tensor, *, is_read: bool) -> Tensor:
+    if tensor.is_cpu:
+        return tensor
+    return tensor.cpu() if is_read else torch.empty_like(tensor, device="cpu")
+
+
+def _through_host(name: str, *, reads_first: bool = True) -> Callable[..., _Done]:
     """gloo's collective of that name on copies in host memory; what it writes, its first argument, is copied back.
 
-    The host waits for the tensors, so no later work of the device can change them too early.
+    The host waits for the tensors, so no later work of the device can change them too early. ``reads_first`` is False
+    where the first argument is written only: nothing need have been written to it before.
     """
 
     def collective(self: _HostProcessGroup, *args: Any) -> _Done:
-        on_host = tree_map_only(Tensor, Tensor.cpu, args)
-        getattr(self.gloo, name)(*on_host).wait()
-        if args and name != "send":
-            for tensor, result in zip(tree_leaves(args[0]), tree_leaves(on_host[0]), strict=True):
-                if tensor is not result:
+        first = tree_map_only(Tensor, partial(_on_host, is_read=reads_first), args[:1])
+        rest = tree_map_only(Tensor, partial(_on_host, is_read=True), args[1:])
+        getattr(self.gloo, name)(*first, *rest).wait()
+        if name != "send":
+            for tensor, result in zip(tree_leaves(args[:1]), tree_leaves(first), strict=True):
+                if isinstance(tensor, Tensor) and not tensor.is_cpu:
                     tensor.copy_(result)
         return _Done(args[0] if args else None)
 
@@ -89,18 +98,18 @@ class _HostProcessGroup(dist.ProcessGroup):
 
     allreduce = _through_host("allreduce")
     allreduce_coalesced = _through_host("allreduce_coalesced")
-    alltoall_base = _through_host("alltoall_base")
+    alltoall_base = _through_host("alltoall_base", reads_first=False)
     barrier = _through_host("barrier")
     broadcast = _through_host("broadcast")
-    gather = _through_host("gather")
+    gather = _through_host("gather", reads_first=False)
     reduce = _through_host("reduce")
-    reduce_scatter = _through_host("reduce_scatter")
-    scatter = _through_host("scatter")
-    recv = _through_host("recv")
+    reduce_scatter = _through_host("reduce_scatter", reads_first=False)
+    scatter = _through_host("scatter", reads_first=False)
+    recv = _through_host("recv", reads_first=False)
     send = _through_host("send")
-    allgather = _through_host("allgather")
+    allgather = _through_host("allgather", reads_first=False)
     # Two names each: torch 2.13 gave these a new one.
-    _allgather_base = all_gather_single = _through_host("_allgather_base")
-    _reduce_scatter_base = reduce_scatter_single = _through_host("_reduce_scatter_base")
+    _allgather_base = all_gather_single = _through_host("_allgather_base", reads_first=False)
+    _reduce_scatter_base = reduce_scatter_single = _through_host("_reduce_scatter_base", reads_first=False)
     allgather_into_tensor_coalesced = all_gather_single_coalesced = _one_by_one("_allgather_base")
     reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced = _one_by_one("_reduce_scatter_base")
