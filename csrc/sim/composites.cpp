@@ -2,7 +2,9 @@
 #include <ATen/SDPBackend.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/native/transformers/attention.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/histc.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/ones_like.h>
 #include <torch/library.h>
@@ -29,13 +31,26 @@ std::tuple<at::Tensor, at::Tensor> dropout(const at::Tensor& input, double p, st
   return {input.mul(mask).mul_(scale), mask};
 }
 
+// CUDA's takes integers, which mixtures of experts count tokens with; the CPU's does not.
+at::Tensor histc(const at::Tensor& input, int64_t num_bins, const at::Scalar& min, const at::Scalar& max) {
+  const at::ScalarType dtype = input.scalar_type();
+  const at::Tensor values = at::isIntegralType(dtype, /*includeBool=*/false) ? input.to(at::kDouble) : input;
+  at::Tensor counts = at::empty({num_bins}, values.options());
+  at::histc_out(counts, values, num_bins, min, max);
+  return counts.to(dtype);
+}
+
 TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
   library.impl("_fused_sdp_choice", fused_sdp_choice);
   library.impl("native_dropout", dropout);
+  library.impl("histc", histc);
   for (const char* name : {// Composites that pick a backend by device, and have none for this one.
                            "convolution", "convolution_backward",
                            // Composites elsewhere, but one kernel each on the CPU and on CUDA.
-                           "native_layer_norm", "native_group_norm", "silu_backward", "mish_backward"})
+                           "native_layer_norm", "native_group_norm", "silu_backward", "mish_backward", "addr",
+                           "addr.out", "all.dims", "all.dims_out", "any.dims", "any.dims_out", "linalg__powsum",
+                           // Checks for devices that it knows.
+                           "mode.values"})
     library.impl(name, torch::CppFunction::makeFromBoxedFunction<&fallback>());
 }
 

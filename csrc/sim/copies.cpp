@@ -165,5 +165,14 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
   library.impl("record_stream", record_stream_of_tensor);
 }
 
+// Else torch would first make a copy without the bit, which is again a copy of a tensor with the bit.
+void register_copies_with_bits(torch::Library& library) {
+  for (const char* name : {"_copy_from", "_copy_from_and_resize"})
+    library.impl(name, torch::CppFunction::makeFallthrough());
+}
+
+TORCH_LIBRARY_IMPL(aten, Conjugate, library) { register_copies_with_bits(library); }
+TORCH_LIBRARY_IMPL(aten, Negative, library) { register_copies_with_bits(library); }
+
 }  // namespace
 }  // namespace sim

@@ -73,6 +73,13 @@ struct Generator final : at::CPUGeneratorImpl {
     device_ = device_at(device);
     key_set_ = c10::DispatchKeySet(c10::DispatchKey::PrivateUse1);
   }
+
+ private:
+  Generator* clone_impl() const override {
+    auto* copy = new Generator;
+    copy->set_state(*get_state());
+    return copy;
+  }
 };
 
 class Hooks final : public at::PrivateUse1HooksInterface {

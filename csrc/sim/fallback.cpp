@@ -110,6 +110,12 @@ Values run_later(const OperatorInfo& info, const Values& arguments, const Values
   return results;
 }
 
+[[noreturn]] void refuse_sparse(const std::string& operator_name) {
+  TORCH_CHECK_NOT_IMPLEMENTED(false, "sim: ", operator_name,
+                              " makes or takes a sparse tensor, and the emulated device has dense ones only. Use dense "
+                              "gradients (sparse=False in an embedding), or keep such tensors on the CPU.");
+}
+
 // Work on the block may still be queued, by a former owner or as the fill of fresh memory.
 void wait_to_write(const at::Tensor& tensor) {
   static const NameId kResult = intern("result of the host");
@@ -122,7 +128,8 @@ void wait_to_write(const at::Tensor& tensor) {
   Runtime::get().synchronize(current_stream());
 }
 
-at::Tensor copy_to_device(const at::Tensor& cpu) {
+at::Tensor copy_to_device(const OperatorInfo& info, const at::Tensor& cpu) {
+  if (cpu.layout() != at::kStrided) refuse_sparse(info.name);
   at::Tensor result = empty_on_device(cpu.sizes(), cpu.strides(), cpu.scalar_type());
   wait_to_write(result);
   KernelScope scope;
@@ -130,7 +137,8 @@ at::Tensor copy_to_device(const at::Tensor& cpu) {
   return result;
 }
 
-at::Tensor view_on_device(const at::Tensor& cpu_view, const std::vector<AliasedTensor>& aliases) {
+at::Tensor view_on_device(const OperatorInfo& info, const at::Tensor& cpu_view,
+                          const std::vector<AliasedTensor>& aliases) {
   for (const AliasedTensor& base : aliases) {
     if (!base.cpu.storage().is_alias_of(cpu_view.storage())) continue;
     const size_t offset_bytes =
@@ -138,7 +146,7 @@ at::Tensor view_on_device(const at::Tensor& cpu_view, const std::vector<AliasedT
     return view_of(base.device, cpu_view.sizes(), cpu_view.strides(),
                    static_cast<int64_t>(offset_bytes / cpu_view.element_size()), cpu_view.dtype());
   }
-  return copy_to_device(cpu_view);
+  return copy_to_device(info, cpu_view);
 }
 
 void take_back_resized(const AliasedTensor& alias) {
@@ -159,7 +167,7 @@ Values run_now(const OperatorInfo& info, const Values& arguments) {
   for (size_t i = 0; i < info.aliased_argument.size(); i++) {
     const int aliased = info.aliased_argument[i];
     results.push_back(aliased >= 0 ? arguments[aliased] : map_tensors(stack[i], [&](const at::Tensor& tensor) {
-      return info.path == Path::kView ? view_on_device(tensor, aliases) : copy_to_device(tensor);
+      return info.path == Path::kView ? view_on_device(info, tensor, aliases) : copy_to_device(info, tensor);
     }));
   }
   return results;
@@ -195,6 +203,18 @@ void fallback(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::St
   const Values arguments = torch::jit::pop(*stack, info.arguments.size());
   const c10::OptionalDeviceGuard guard(device_for(arguments));
   for (c10::IValue& result : run(info, arguments)) stack->push_back(std::move(result));
+}
+
+void sparse_fallback(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack*) {
+  refuse_sparse(toString(op.schema().operator_name()));
+}
+
+TORCH_LIBRARY_IMPL(_, SparsePrivateUse1, library) {
+  library.fallback(torch::CppFunction::makeFromBoxedFunction<&sparse_fallback>());
+}
+
+TORCH_LIBRARY_IMPL(_, SparseCsrPrivateUse1, library) {
+  library.fallback(torch::CppFunction::makeFromBoxedFunction<&sparse_fallback>());
 }
 
 TORCH_LIBRARY_IMPL(_, PrivateUse1, library) {

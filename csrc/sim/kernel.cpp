@@ -31,6 +31,7 @@ struct Statistics {
 const Statistics kStatistics[] = {
     {"aten::native_layer_norm_backward", 1, 5, {3, 4}},
     {"aten::native_batch_norm_backward", 1, 2, {5, 6}},
+    {"aten::batch_norm_backward", 1, 2, {5, 6}},
 };
 
 void convert_statistics(const OperatorInfo& info, torch::jit::Stack& stack) {
@@ -104,8 +105,11 @@ void DeferredKernel::operator()() {
   for (size_t i = 0; i < results_.size(); i++) {
     if (results_[i].empty()) continue;
     const std::vector<at::Tensor> tensors = tensors_in(stack_[i]);
-    for (auto& [j, destination] : results_[i])
-      if (tensors[j].defined()) destination.copy_(tensors[j]);
+    for (auto& [j, destination] : results_[i]) {
+      // Empty are the statistics of a normalization that is not training: Meta kernels (and CUDA's) have them.
+      const bool is_left_out = !tensors[j].defined() || (tensors[j].numel() == 0 && tensors[j].is_floating_point());
+      if (!is_left_out) destination.copy_(tensors[j]);
+    }
   }
 }
 

@@ -27,14 +27,21 @@ int written_argument(const c10::FunctionSchema& schema, const c10::AliasInfo& al
   return -1;
 }
 
+// Of these, CPU kernels return other shapes than Meta kernels say, which later kernels then rely on.
+bool has_shapes_of_its_own(const OperatorInfo& info) {
+  const std::string& name = info.schema->name();
+  return name == "aten::_embedding_bag" || name == "aten::_embedding_bag_forward_only";
+}
+
 Path path_of(const OperatorInfo& info) {
   for (const c10::Argument& returned : info.schema->returns()) {
     if (returned.alias_info() && !returned.alias_info()->isWrite()) return Path::kView;
     if (!holds_tensors(*returned.type())) return Path::kHostWaits;
   }
+  if (info.name == "aten::index.Tensor") return Path::kAsync;  // tagged for masks, which indexing.cpp replaces
   const bool depends_on_data =
       info.handle.hasTag(at::Tag::dynamic_output_shape) || info.handle.hasTag(at::Tag::data_dependent_output);
-  return depends_on_data ? Path::kHostWaits : Path::kAsync;
+  return depends_on_data || has_shapes_of_its_own(info) ? Path::kHostWaits : Path::kAsync;
 }
 
 bool is_in_place(const OperatorInfo& info) {

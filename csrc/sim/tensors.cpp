@@ -18,6 +18,13 @@ const c10::DispatchKeySet kKeys(c10::DispatchKey::PrivateUse1);
 
 void* bytes_of(const at::Tensor& tensor) { return tensor.numel() ? sim::bytes_of(tensor.data_ptr()) : nullptr; }
 
+// A conjugate or negative that is only a bit of the tensor: kernels that take it so look for the bit.
+at::Tensor with_bits_of(const at::Tensor& tensor, at::Tensor alias) {
+  alias._set_conj(tensor.is_conj());
+  alias._set_neg(tensor.is_neg());
+  return alias;
+}
+
 at::TensorOptions cpu_options(const at::Tensor& tensor) {
   return at::TensorOptions().dtype(tensor.dtype()).device(at::kCPU);
 }
@@ -99,16 +106,16 @@ at::Tensor empty_on_device(at::IntArrayRef sizes, at::IntArrayRef strides, at::S
 }
 
 at::Tensor alias_on_cpu(const at::Tensor& tensor) {
-  return at::from_blob(bytes_of(tensor), tensor.sizes(), tensor.strides(), cpu_options(tensor));
+  return with_bits_of(tensor, at::from_blob(bytes_of(tensor), tensor.sizes(), tensor.strides(), cpu_options(tensor)));
 }
 
 at::Tensor resizable_alias_on_cpu(const at::Tensor& tensor) {
-  return at::for_blob(bytes_of(tensor), tensor.sizes())
-      .strides(tensor.strides())
-      .options(cpu_options(tensor))
-      .resizeable_storage()
-      .allocator(c10::GetCPUAllocator())
-      .make_tensor();
+  return with_bits_of(tensor, at::for_blob(bytes_of(tensor), tensor.sizes())
+                                  .strides(tensor.strides())
+                                  .options(cpu_options(tensor))
+                                  .resizeable_storage()
+                                  .allocator(c10::GetCPUAllocator())
+                                  .make_tensor());
 }
 
 at::Tensor as_meta(const at::Tensor& tensor) {

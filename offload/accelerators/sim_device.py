@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import re
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import backend_registration
 
+from offload.accelerators import sim_inductor, sim_process_group
 from offload.accelerators.sim_build import load_extension
 
 _UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -23,6 +25,8 @@ class DeviceModule:
     Stream = torch.Stream
     Event = torch.Event
     _initialized = True  # torch.utils.checkpoint then keeps the device's random state
+    Scheduling = sim_inductor.Scheduling
+    PythonWrapperCodegen = CppWrapperCodegen = WrapperFxCodegen = property(sim_inductor.wrapper_codegen)
 
     class device:  # noqa: N801 - torch's name
         """Context in which a device is the current one; None and negative indices change nothing."""
@@ -57,6 +61,9 @@ class DeviceModule:
 
     def set_device(self, device: torch.device | int) -> None:
         torch.accelerator.set_device_index(_index_of(device))
+
+    def stream(self, stream: torch.Stream | None) -> AbstractContextManager[object]:
+        return stream if stream is not None else nullcontext()
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.float16, torch.bfloat16]
@@ -97,6 +104,7 @@ def load() -> None:
     backend_registration.rename_privateuse1_backend("sim")
     torch._register_device_module("sim", DeviceModule())  # type: ignore[no-untyped-call]
     backend_registration.generate_methods_for_privateuse1_backend(for_storage=True)
+    sim_process_group.register()
 
 
 def loaded() -> Any:
