@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from offload import host_memory
 from offload.accelerators import Accelerator
 from offload.accounting import note_pinned
+from offload.kernels.first_touch import zero_rows_
 from offload.subgroup import FLOAT32_BYTES, Slot, Staging
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -146,11 +148,13 @@ class Pool:
         weakref.finalize(self, self._tally.release)
 
     def host_state(self, num_rows: int, numel: int, *, pinned: bool) -> Tensor:
-        """Zeros of shape (num_rows, numel), float32, in host memory; pinned exactly, page by page."""
+        """Zeros of shape (num_rows, numel), float32, in host memory; pinned exactly, page by page.
+
+        Each page is written first by the thread that will update it; pinning comes before that where it touches pages.
+        """
         num_bytes = num_rows * numel * FLOAT32_BYTES
-        if not pinned or self._accelerator is None:
-            return torch.zeros(num_rows, numel, dtype=torch.float32)
-        return self._pinned(num_bytes)[:num_bytes].view(torch.float32).zero_().view(num_rows, numel)
+        in_bytes = host_memory.empty(num_bytes) if not pinned or self._accelerator is None else self._pinned(num_bytes)
+        return zero_rows_(in_bytes[:num_bytes].view(torch.float32).view(num_rows, numel))
 
     def device_state(self, num_rows: int, numel: int) -> Tensor:
         """Zeros of shape (num_rows, numel), float32, on the device."""

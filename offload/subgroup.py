@@ -7,9 +7,10 @@ checks need.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Hashable
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -42,6 +43,8 @@ class Staging:
     grad: Tensor | None = None
     param: Tensor | None = None
     uploaded: Event | None = None
+    # Steps of the CPU's kernel over these buffers, by whose they are and where: they go with the buffers.
+    prepared: dict[Hashable, Any] = field(default_factory=dict)
 
     @property
     def grad_name(self) -> tuple[str, int]:

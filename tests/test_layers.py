@@ -19,7 +19,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         frozenset,
         (
             {"plan", "kernels", "accelerators", "hardware"},
-            {"lanes", "accounting", "gradients", "meters", "phase_hooks", "_table"},
+            {"lanes", "accounting", "gradients", "host_memory", "meters", "phase_hooks", "_table"},
             {"subgroup", "monitor", "timeline", "testing"},
             {"pool", "policy", "executor", "adam"},
             {"homes", "ordering", "layout", "masters", "perf_model"},

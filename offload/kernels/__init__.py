@@ -6,17 +6,22 @@ triton: each is found at its first use.
 
 from __future__ import annotations
 
+from offload.kernels.affinity import cpu_affinity
 from offload.kernels.dispatch import adam_step
+from offload.kernels.prepared import PreparedStep
 from offload.kernels.scalars import AdamScalars
 from offload.kernels.selection import available_implementations, default_implementation, use_implementation
-from offload.kernels.threads import num_threads, set_num_threads
+from offload.kernels.threads import num_threads, set_cpu_affinity, set_num_threads
 
 __all__ = [
     "AdamScalars",
+    "PreparedStep",
     "adam_step",
     "available_implementations",
+    "cpu_affinity",
     "default_implementation",
     "num_threads",
+    "set_cpu_affinity",
     "set_num_threads",
     "use_implementation",
 ]

@@ -50,30 +50,21 @@ def adam_step(
     Raises TypeError for anything but tensors of these dtypes, ValueError for shapes, devices, memory or names that
     don't fit; nothing has been written then.
     """
-    written = {
-        "master": master,
-        "exp_avg": exp_avg,
-        "exp_avg_sq": exp_avg_sq,
-        "param_out": param_out,
-        "max_exp_avg_sq": max_exp_avg_sq,
-    }
-    present = {name: tensor for name, tensor in {**written, "grad": grad}.items() if tensor is not None}
-    _check_tensors(present)
-    device_type = master.device.type
-    name = _resolve(implementation, device_type)
-    thread_count = _resolve_threads(num_threads, master.numel())
     arguments = (master, exp_avg, exp_avg_sq, grad, param_out, max_exp_avg_sq)
-    is_plain = type(master) in (Tensor, torch.nn.Parameter)
-    if runs_host_kernels(device_type) and (device_type != "cpu" or not is_plain):
+    check_arguments(*arguments)
+    device_type = master.device.type
+    name = resolve_implementation(implementation, device_type)
+    thread_count = resolve_threads(num_threads, master.numel())
+    if runs_host_kernels(device_type) and not is_plain_cpu(master):
         from offload.kernels import op
 
         op.adam_step(*arguments, scalars, name, thread_count)
     else:
-        _check_no_overlap(present)
         run(name, *arguments, scalars, thread_count)
     # Kernels write through pointers, and the operator has no autograd kernel: autograd has to be told, as it would be
     # of an in-place operation.
-    torch.autograd.graph.increment_version([tensor for tensor in written.values() if tensor is not None])
+    written = (master, exp_avg, exp_avg_sq, param_out, max_exp_avg_sq)
+    torch.autograd.graph.increment_version([tensor for tensor in written if tensor is not None])
 
 
 def run(
@@ -107,7 +98,12 @@ def run(
         kernel.step(implementation, *arguments, num_threads)
 
 
-def _resolve(implementation: str | None, device_type: str) -> str:
+def is_plain_cpu(tensor: Tensor) -> bool:
+    """Whether a tensor's memory may be handed to a kernel: it isn't fake, nor a subclass that wraps another."""
+    return tensor.device.type == "cpu" and type(tensor) in (Tensor, torch.nn.Parameter)
+
+
+def resolve_implementation(implementation: str | None, device_type: str) -> str:
     if implementation is None:
         return default_implementation(device_type)
     if not is_available(implementation, device_type):
@@ -118,12 +114,35 @@ def _resolve(implementation: str | None, device_type: str) -> str:
     return implementation
 
 
-def _resolve_threads(num_threads: int | None, numel: int) -> int:
+def resolve_threads(num_threads: int | None, numel: int) -> int:
     if num_threads is not None and num_threads < 1:
         raise ValueError(f"num_threads must be at least 1, not {num_threads!r} (None for the default)")
     if numel < threads.MIN_PARALLEL_NUMEL:
         return 1
     return threads.num_threads() if num_threads is None else num_threads
+
+
+def check_arguments(
+    master: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    grad: Tensor,
+    param_out: Tensor | None,
+    max_exp_avg_sq: Tensor | None,
+) -> None:
+    """Raise what :func:`adam_step` raises for tensors that don't fit."""
+    tensors = {
+        "master": master,
+        "exp_avg": exp_avg,
+        "exp_avg_sq": exp_avg_sq,
+        "param_out": param_out,
+        "max_exp_avg_sq": max_exp_avg_sq,
+        "grad": grad,
+    }
+    present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    _check_tensors(present)
+    if is_plain_cpu(master) or not runs_host_kernels(master.device.type):
+        _check_no_overlap(present)
 
 
 def _check_tensors(tensors: dict[str, Tensor]) -> None:

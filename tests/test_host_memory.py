@@ -1,0 +1,99 @@
+"""Pages of state: huge where the system offers them, exact in size, gone with their tensor."""
+
+from __future__ import annotations
+
+import gc
+import mmap
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from offload import host_memory
+from offload.pool import Pool
+
+NUM_BYTES = 8 << 20
+
+
+def mapping_of(address: int) -> str | None:
+    """Its entry in /proc/self/smaps; None if nothing is mapped there."""
+    for entry in re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text()):
+        begin, _, end = entry.partition(" ")[0].partition("-")
+        if entry and int(begin, 16) <= address < int(end, 16):
+            return entry
+    return None
+
+
+@pytest.fixture
+def offered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The file in which Linux says to whom it gives huge pages."""
+    monkeypatch.delenv("OFFLOAD_HUGE_PAGES", raising=False)
+    monkeypatch.setattr(host_memory, "_SETTINGS", tmp_path)
+    monkeypatch.setattr(host_memory, "_are_offered", host_memory._are_offered.__wrapped__)
+    return tmp_path / "enabled"
+
+
+def test_huge_pages_where_the_system_offers_them(offered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not host_memory.uses_huge_pages(), "no file: not Linux, or a kernel without them"
+    for text, expected in (
+        ("always [madvise] never", True),
+        ("[always] madvise never", True),
+        ("always madvise [never]", False),
+    ):
+        offered.write_text(text + "\n")
+        assert host_memory.uses_huge_pages() is expected
+    for value, expected in (("1", True), ("0", False)):
+        monkeypatch.setenv("OFFLOAD_HUGE_PAGES", value)
+        assert host_memory.uses_huge_pages() is expected
+    monkeypatch.setenv("OFFLOAD_HUGE_PAGES", "yes")
+    with pytest.raises(ValueError, match='OFFLOAD_HUGE_PAGES must be "0" or "1", not \'yes\'; leave it unset'):
+        host_memory.uses_huge_pages()
+
+
+needs_smaps = pytest.mark.skipif(
+    not Path("/proc/self/smaps").exists() or not hasattr(mmap, "MADV_HUGEPAGE"), reason="needs Linux with huge pages"
+)
+
+
+@needs_smaps
+def test_memory_asks_for_huge_pages_and_dies_with_its_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OFFLOAD_HUGE_PAGES", "1")
+    memory = host_memory.empty(NUM_BYTES + 100)
+    assert (memory.shape, memory.dtype) == ((NUM_BYTES + 100,), torch.uint8)
+    address = memory.data_ptr() + NUM_BYTES // 2
+    mapping = mapping_of(address)
+    assert mapping is not None
+    assert " hg" in re.search(r"VmFlags:.*", mapping)[0]
+    row = memory[:NUM_BYTES].view(torch.float32)[1000:2000].fill_(3.0)
+    del memory
+    gc.collect()
+    assert mapping_of(address) is not None, "a view keeps the memory"
+    assert row.sum() == 3000
+    del row
+    gc.collect()
+    mapping = mapping_of(address)
+    assert mapping is None or " hg" not in re.search(r"VmFlags:.*", mapping)[0], "the memory is never given back"
+
+
+@needs_smaps
+@pytest.mark.parametrize(("value", "num_bytes"), [("0", NUM_BYTES), ("1", 1000)])
+def test_ordinary_memory_where_huge_pages_are_not_wanted_or_too_large(
+    monkeypatch: pytest.MonkeyPatch, value: str, num_bytes: int
+) -> None:
+    monkeypatch.setenv("OFFLOAD_HUGE_PAGES", value)
+    memory = host_memory.empty(num_bytes)
+    mapping = mapping_of(memory.data_ptr())
+    assert mapping is not None
+    assert " hg" not in re.search(r"VmFlags:.*", mapping)[0]
+    assert memory.shape == (num_bytes,)
+
+
+@needs_smaps
+def test_state_of_an_optimizer_is_in_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OFFLOAD_HUGE_PAGES", "1")
+    state = Pool(torch.device("cpu"), None).host_state(3, NUM_BYTES // 4, pinned=False)
+    assert not state.any()
+    mapping = mapping_of(state[1].data_ptr())
+    assert mapping is not None
+    assert " hg" in re.search(r"VmFlags:.*", mapping)[0]
