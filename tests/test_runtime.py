@@ -330,12 +330,10 @@ def failing_on(actions_method: str, monkeypatch: pytest.MonkeyPatch) -> Callable
         raise ArithmeticError("injected")
 
     def with_failing_kernel(self: AdamSubgroup, *args: object) -> None:
-        real = adam.adam_step
-        adam.adam_step = explode
-        try:
+        with monkeypatch.context() as patch:
+            patch.setattr(adam, "adam_step", explode)
+            patch.setattr(adam.PreparedStep, "__call__", explode)
             original(self, *args)
-        finally:
-            adam.adam_step = real
 
     monkeypatch.setattr(AdamSubgroup, actions_method, with_failing_kernel)
     return lambda: monkeypatch.setattr(AdamSubgroup, actions_method, original)
