@@ -13,6 +13,13 @@ from torch import Tensor
 _SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
 _SMALL_BYTES = 1 << 21  # less than a huge page of any size in use on x86-64
 
+# [Note: rows that collide] AMD's cores since Zen guess the way of the first-level cache from a hash of the address. It
+# is the same for addresses a multiple of 2**28 bytes apart, so only one of them can be in that cache at a time, and an
+# update that reads and writes three such rows takes several times as long (docs/cpu_kernel.md has the figures). Rows of
+# state whose size would put any two of them that far apart are moved apart by 64 KiB more.
+_COLLIDING_BYTES = 1 << 27  # of two rows in a row; of two neighbours 2**28
+_SKEW_BYTES = 1 << 16
+
 
 def uses_huge_pages() -> bool:
     """Whether :func:`empty` asks for huge pages.
@@ -53,3 +60,12 @@ def empty(num_bytes: int) -> Tensor:
     pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=torch.uint8)  # which keeps the mapping
+
+
+def empty_rows(num_rows: int, row_bytes: int) -> Tensor:
+    """Memory like :func:`empty` for rows that are read together: a uint8 CPU tensor of shape (num_rows, row_bytes).
+
+    Rows are contiguous; the tensor isn't where they would collide in a cache, see [Note: rows that collide].
+    """
+    stride_bytes = row_bytes + (_SKEW_BYTES if row_bytes > 0 and row_bytes % _COLLIDING_BYTES == 0 else 0)
+    return empty(num_rows * stride_bytes).view(num_rows, stride_bytes)[:, :row_bytes]

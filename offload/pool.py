@@ -150,11 +150,13 @@ class Pool:
     def host_state(self, num_rows: int, numel: int, *, pinned: bool) -> Tensor:
         """Zeros of shape (num_rows, numel), float32, in host memory; pinned exactly, page by page.
 
-        Each page is written first by the thread that will update it; pinning comes before that where it touches pages.
+        Each row is contiguous; all of it is if it is pinned, as it crosses the link in one copy. Each page is written
+        first by the thread that will update it; pinning comes before that where it touches pages.
         """
+        if not pinned or self._accelerator is None:
+            return zero_rows_(host_memory.empty_rows(num_rows, numel * FLOAT32_BYTES).view(torch.float32))
         num_bytes = num_rows * numel * FLOAT32_BYTES
-        in_bytes = host_memory.empty(num_bytes) if not pinned or self._accelerator is None else self._pinned(num_bytes)
-        return zero_rows_(in_bytes[:num_bytes].view(torch.float32).view(num_rows, numel))
+        return zero_rows_(self._pinned(num_bytes)[:num_bytes].view(torch.float32).view(num_rows, numel))
 
     def device_state(self, num_rows: int, numel: int) -> Tensor:
         """Zeros of shape (num_rows, numel), float32, on the device."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import mmap
 import re
 from pathlib import Path
@@ -97,3 +98,30 @@ def test_state_of_an_optimizer_is_in_huge_pages(monkeypatch: pytest.MonkeyPatch)
     mapping = mapping_of(state[1].data_ptr())
     assert mapping is not None
     assert " hg" in re.search(r"VmFlags:.*", mapping)[0]
+
+
+# Pairs of address bits whose exclusive or an AMD core guesses the way of its first-level cache by, as found out by Lipp
+# et al., "Take A Way: Exploring the Security Implications of AMD's Cache Way Predictors", ASIA CCS 2020.
+WAY_PREDICTOR = ((12, 27), (13, 26), (14, 25), (15, 20), (16, 21), (17, 22), (18, 23), (19, 24))
+
+
+def predicted(address: int) -> tuple[int, ...]:
+    return tuple((address >> low ^ address >> high) & 1 for low, high in WAY_PREDICTOR)
+
+
+@pytest.mark.parametrize("row_bytes", [1 << 26, 1 << 27, 1 << 28, 3 << 27, 1 << 29, 1 << 30, 4 * 10**8, 4096, 4])
+def test_rows_do_not_collide_in_the_first_level_cache(row_bytes: int) -> None:
+    rows = host_memory.empty_rows(4, row_bytes)  # of which nothing is touched
+    assert rows.shape == (4, row_bytes)
+    assert all(row.is_contiguous() for row in rows)
+    starts = [row.data_ptr() for row in rows]
+    same_set = [(a, b) for a, b in itertools.combinations(starts, 2) if (a - b) % 4096 == 0]
+    assert not [(a, b) for a, b in same_set if predicted(a) == predicted(b)]
+    assert rows.untyped_storage().nbytes() - 4 * row_bytes <= 4 << 16
+
+
+def test_rows_are_apart_only_where_they_must_be() -> None:
+    assert host_memory.empty_rows(3, 1000).is_contiguous()
+    assert host_memory.empty_rows(3, (1 << 27) + 4096).is_contiguous()
+    assert not host_memory.empty_rows(3, 1 << 27).is_contiguous()
+    assert host_memory.empty_rows(3, 0).shape == (3, 0)

@@ -8,7 +8,7 @@ from offload.kernels import dispatch, native
 
 
 def zero_rows_(rows: Tensor) -> Tensor:
-    """Zeros each row of a contiguous CPU tensor of shape (num_rows, numel) in place, and returns the tensor.
+    """Zeros a CPU tensor of shape (num_rows, numel), each row contiguous, in place, and returns it.
 
     Rows are shared among threads as an update of numel elements is. Where that is the first write, the system puts
     each page near the thread that updates it from then on, provided that threads are bound
