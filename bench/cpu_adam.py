@@ -159,7 +159,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--numel", type=int, nargs="+", help="parameters per update; default: 16M, 64M and 256M")
     parser.add_argument("--threads", type=int, nargs="+", help="for ours and for the peers; default: 1 and all")
-    parser.add_argument("--turns", type=int, help="timed turns, of which medians are printed; default: 15, quick 7")
+    parser.add_argument("--turns", type=int, help="timed turns, of which medians are printed; default: 15, quick 5")
     parser.add_argument(
         "--quick", action="store_true", help="under a minute: 64M, all threads, what is compiled already"
     )
@@ -168,7 +168,7 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     arguments.numel = arguments.numel or ([GOAL_NUMEL] if arguments.quick else FULL_NUMELS)
     arguments.threads = arguments.threads or ([num_threads()] if arguments.quick else sorted({1, num_threads()}))
-    arguments.turns = arguments.turns or (7 if arguments.quick else 15)
+    arguments.turns = arguments.turns or (5 if arguments.quick else 15)
     if min(*arguments.numel, *arguments.threads, arguments.turns) < 1:
         parser.error("--numel, --threads and --turns are at least 1")
     return arguments

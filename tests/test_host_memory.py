@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from offload import host_memory
+import offload
+from offload import Stride, host_memory
 from offload.pool import Pool
+from tests.training import assert_same_bits, mlp, train
 
 NUM_BYTES = 8 << 20
 
@@ -125,3 +127,28 @@ def test_rows_are_apart_only_where_they_must_be() -> None:
     assert host_memory.empty_rows(3, (1 << 27) + 4096).is_contiguous()
     assert not host_memory.empty_rows(3, 1 << 27).is_contiguous()
     assert host_memory.empty_rows(3, 0).shape == (3, 0)
+
+
+@pytest.mark.parametrize("plan", ["host", Stride(2)], ids=str)
+@pytest.mark.usefixtures("one_torch_thread")
+def test_training_in_rows_that_are_apart(monkeypatch: pytest.MonkeyPatch, plan: str | Stride) -> None:
+    """Updates, visits to slots, and a checkpoint from such rows into ordinary ones."""
+
+    def run(steps: range, state_dict: dict[str, object] | None = None) -> tuple[object, dict[str, object]]:
+        model = mlp()
+        optimizer = offload.AdamW(model.parameters(), plan=plan, subgroup_numel=600)
+        if state_dict is not None:
+            optimizer.load_state_dict(state_dict)
+        return train(model, optimizer, steps=steps), optimizer.state_dict()
+
+    trained, expected = run(range(3))
+    with monkeypatch.context() as patch:
+        patch.setattr(host_memory, "_COLLIDING_BYTES", 64)  # every parameter's numel is a multiple of 16
+        patch.setattr(host_memory, "_SKEW_BYTES", 4096)
+        apart, state_dict = run(range(3))
+    assert_same_bits(apart, trained)
+    assert_same_bits(
+        [entry[name] for entry in state_dict["state"].values() for name in entry],
+        [entry[name] for entry in expected["state"].values() for name in entry],
+    )
+    assert_same_bits(run(range(3, 5), state_dict)[0], run(range(3, 5), expected)[0])
