@@ -24,7 +24,7 @@ from bench import cpu_adam_cases as cases
 from bench.cpu_adam_report import plot, print_headline, print_job
 from bench.interleaved import Case, Times, take_turns
 from offload import host_memory
-from offload.kernels import AdamScalars, PreparedStep, adam_step, num_threads
+from offload.kernels import AdamScalars, PreparedUpdate, State, adam_step, num_threads
 
 GOAL_NUMEL = 1 << 26  # the size that the figures are compared at
 FULL_NUMELS = (1 << 24, 1 << 26, 1 << 28)
@@ -48,7 +48,7 @@ def call_overhead_us(num_calls: int = 2000) -> dict[str, float]:
     """Microseconds of a call over 1,000 parameters, the update itself included; medians of five turns."""
     buffers = cases.Buffers(SMALL_NUMEL)
     scalars = AdamScalars.at_step(step=cases.STEP, decoupled=True, **cases.HYPER)
-    prepared = PreparedStep(*buffers.state, buffers.grad_bf16, buffers.out)
+    prepared = PreparedUpdate(State("fp32", *buffers.state), buffers.grad_bf16, buffers.out)
 
     def calls(one: Case) -> Case:
         return lambda: [one() for _ in range(num_calls)]

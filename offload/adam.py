@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from offload.accelerators import Accelerator
-from offload.kernels import AdamScalars, PreparedStep, adam_step
+from offload.kernels import AdamScalars, PreparedUpdate, State, adam_step
 from offload.subgroup import Slot, Staging
 
 
@@ -90,14 +90,15 @@ class AdamSubgroup:
         if self._accelerator is not None:
             self._accelerator.declare_host_work("cpu update", reads=(grad,), writes=(self.state, param))
         for run in self._runs:
-            # One prepared step for each begin, so that their number is bounded however the gaps between runs move.
-            end, step = staging.prepared.get((self, run.begin), (None, None))
+            # One prepared update for each begin, so that their number is bounded however the gaps between runs move.
+            end, update = staging.prepared.get((self, run.begin), (None, None))
             if end != run.end:
                 part = slice(run.begin, run.end)
                 master, exp_avg, exp_avg_sq, *amsgrad = self.state[:, part].unbind()
-                step = PreparedStep(master, exp_avg, exp_avg_sq, grad[part], param[part], *amsgrad)
-                staging.prepared[self, run.begin] = run.end, step
-            step(run.scalars)
+                state = State("fp32", master, exp_avg, exp_avg_sq, *amsgrad)
+                update = PreparedUpdate(state, grad[part], param[part])
+                staging.prepared[self, run.begin] = run.end, update
+            update(run.scalars)
 
     def upload(self, staging: Staging) -> None:
         param = self._typed(staging.param)

@@ -43,7 +43,7 @@ class Staging:
     grad: Tensor | None = None
     param: Tensor | None = None
     uploaded: Event | None = None
-    # Steps of the CPU's kernel over these buffers, by whose they are and where: they go with the buffers.
+    # Updates of the CPU's kernel over these buffers, by whose they are and where: they go with the buffers.
     prepared: dict[Hashable, Any] = field(default_factory=dict)
 
     @property

@@ -332,7 +332,7 @@ def failing_on(actions_method: str, monkeypatch: pytest.MonkeyPatch) -> Callable
     def with_failing_kernel(self: AdamSubgroup, *args: object) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(adam, "adam_step", explode)
-            patch.setattr(adam.PreparedStep, "__call__", explode)
+            patch.setattr(adam.PreparedUpdate, "__call__", explode)
             original(self, *args)
 
     monkeypatch.setattr(AdamSubgroup, actions_method, with_failing_kernel)

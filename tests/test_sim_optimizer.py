@@ -411,7 +411,7 @@ def test_an_error_inside_a_lane_surfaces_and_breaks_the_optimizer(
 
     with monkeypatch.context() as patch:
         patch.setattr("offload.adam.adam_step", fail)
-        patch.setattr("offload.adam.PreparedStep.__call__", fail)
+        patch.setattr("offload.adam.PreparedUpdate.__call__", fail)
         with pytest.raises(ArithmeticError, match="the kernel gave up") as caught:
             optimizer.step()
     assert operation in [entry.name for entry in caught.traceback]
@@ -428,7 +428,7 @@ def test_a_broken_optimizer_gives_its_memory_back(sim: ModuleType, plan: str, mo
     def train_and_fail() -> None:
         model, optimizer = on_sim(plan)
         monkeypatch.setattr("offload.adam.adam_step", None)
-        monkeypatch.setattr("offload.adam.PreparedStep", None)
+        monkeypatch.setattr("offload.adam.PreparedUpdate", None)
         with pytest.raises(TypeError):
             train(model, optimizer)
 

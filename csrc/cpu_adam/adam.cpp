@@ -1,4 +1,4 @@
-// The Adam update on the CPU: one translation unit, a plain C ABI, no torch and no Python headers.
+// The optimizer update on the CPU: one translation unit, a plain C ABI, no torch and no Python headers.
 //
 // The binary is portable: each instruction set has a target region of its own, chosen at run time. The standard
 // headers come first, so that none of their inline code is compiled for more than the baseline. Built with
@@ -13,6 +13,7 @@
 #include "formats.h"
 #include "scalars.h"
 #include "shares.h"
+#include "state.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -30,16 +31,7 @@
 namespace offload {
 namespace {
 
-struct Buffers {
-  float* master;
-  float* exp_avg;
-  float* exp_avg_sq;
-  float* max_exp_avg_sq;  // null without amsgrad
-  const void* grad;
-  void* param_out;  // null without a parameter copy
-};
-
-using RangeFn = void (*)(const Buffers&, size_t begin, size_t end, const AdamScalars&);
+using RangeFn = void (*)(const Buffers&, size_t begin, size_t end, const void* scalars);
 
 namespace scalar {
 #include "kernel.inl"
@@ -103,12 +95,12 @@ bool IsSupported(Isa isa) {
   return isa == Isa::kScalar;
 }
 
-RangeFn Select(Isa isa, Format grad, Format out) {
+RangeFn Select(Isa isa, RuleKind rule, const Buffers& buffers) {
 #if defined(__x86_64__)
-  if (isa == Isa::kAvx512) return avx512::Select(grad, out);
-  if (isa == Isa::kAvx2) return avx2::Select(grad, out);
+  if (isa == Isa::kAvx512) return avx512::Select(rule, buffers);
+  if (isa == Isa::kAvx2) return avx2::Select(rule, buffers);
 #endif
-  return scalar::Select(grad, out);
+  return scalar::Select(rule, buffers);
 }
 
 using StreamFn = void (*)(const Buffers&, size_t begin, size_t end);
@@ -137,28 +129,41 @@ class IeeeArithmetic {
 }  // namespace
 }  // namespace offload
 
-// Raised with every change of a signature or of AdamScalars below; offload/kernels/native.py refuses another.
+// Raised with every change of a signature or of a struct of scalars; offload/kernels/native.py refuses another.
 OFFLOAD_EXPORT int offload_adam_abi_version() { return 2; }
 
 // isa: 0 scalar, 1 AVX2, 2 AVX-512. Whether this processor (and operating system) runs it.
 OFFLOAD_EXPORT int offload_adam_supports(int isa) { return offload::IsSupported(static_cast<offload::Isa>(isa)); }
 
-// One step over numel elements, in place. Formats: -1 none (param_out only), 0 fp32, 1 bfloat16, 2 fp16. Buffers
-// don't overlap; alignment is that of their element. Work is handed out in chunks of chunk_numel elements (> 0) to at
-// most num_threads threads, the caller included. Returns 0, or -1 for an isa or format that isn't known here.
-OFFLOAD_EXPORT int offload_adam_step(int isa, float* master, float* exp_avg, float* exp_avg_sq, float* max_exp_avg_sq,
-                                     const void* grad, int grad_format, void* param_out, int param_out_format,
-                                     size_t numel, const offload::AdamScalars* scalars, int num_threads,
-                                     size_t chunk_numel) {
+// One step over numel elements, in place. rule: 0 Adam, 1 Lion, 2 Adagrad, 3 SGD; scalars point at the struct of that
+// name in scalars.h. state_format: 0 fp32, 1 split16, 2 bf16, 3 int8; state.h says what the state's buffers then are.
+// Formats of grad and param: -1 none (param only), 0 fp32, 1 bfloat16, 2 fp16. Buffers don't overlap; alignment is
+// that of their element. Work is handed out in chunks of chunk_numel elements (> 0, outside fp32 Adam a multiple of
+// 128) to at most num_threads threads, the caller included. Returns 0, or -1 for what isn't known here.
+OFFLOAD_EXPORT int offload_update(int isa, int rule, int state_format, void* master, void* first, void* second,
+                                  float* max_second, float* first_scale, float* second_scale, const void* grad,
+                                  int grad_format, void* param, int param_format, size_t numel, const void* scalars,
+                                  uint32_t key0, uint32_t key1, uint32_t first_index, int num_threads,
+                                  size_t chunk_numel) {
   using namespace offload;
   if (!IsSupported(static_cast<Isa>(isa)) || chunk_numel == 0) return -1;
-  const RangeFn update =
-      Select(static_cast<Isa>(isa), static_cast<Format>(grad_format), static_cast<Format>(param_out_format));
+  const Buffers buffers{static_cast<StateFormat>(state_format),
+                        master,
+                        first,
+                        second,
+                        max_second,
+                        first_scale,
+                        second_scale,
+                        grad,
+                        static_cast<Format>(grad_format),
+                        param,
+                        static_cast<Format>(param_format),
+                        Rounding{key0, key1, first_index}};
+  const RangeFn update = Select(static_cast<Isa>(isa), static_cast<RuleKind>(rule), buffers);
   if (update == nullptr) return -1;
-  const Buffers buffers{master, exp_avg, exp_avg_sq, max_exp_avg_sq, grad, param_out};
   ForRanges(numel, chunk_numel, num_threads, [&](size_t begin, size_t end) {
     const IeeeArithmetic arithmetic;
-    update(buffers, begin, end, *scalars);
+    update(buffers, begin, end, scalars);
   });
   return 0;
 }
@@ -169,14 +174,15 @@ OFFLOAD_EXPORT int offload_adam_stream(int isa, float* master, float* exp_avg, f
                                        size_t numel, int num_threads, size_t chunk_numel) {
   using namespace offload;
   if (!IsSupported(static_cast<Isa>(isa)) || chunk_numel == 0) return -1;
-  const Buffers buffers{master, exp_avg, exp_avg_sq, nullptr, grad, nullptr};
-  const auto stream = SelectStream(static_cast<Isa>(isa));
+  const Buffers buffers{StateFormat::kFloat32, master,  exp_avg,       exp_avg_sq, nullptr, nullptr, nullptr, grad,
+                        Format::kFloat32,      nullptr, Format::kNone, Rounding{}};
+  const StreamFn stream = SelectStream(static_cast<Isa>(isa));
   ForRanges(numel, chunk_numel, num_threads, [&](size_t begin, size_t end) { stream(buffers, begin, end); });
   return 0;
 }
 
 // Zeros, each page written first by the thread that will update it: with the same number of elements, chunk_bytes for
-// chunk_numel of them, and num_threads, the shares are those of offload_adam_step.
+// chunk_numel of them, and num_threads, the shares are those of offload_update.
 OFFLOAD_EXPORT void offload_zero(char* memory, size_t num_bytes, int num_threads, size_t chunk_bytes) {
   offload::ForRanges(num_bytes, chunk_bytes, num_threads,
                      [&](size_t begin, size_t end) { std::memset(memory + begin, 0, end - begin); });

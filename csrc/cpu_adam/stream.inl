@@ -13,14 +13,12 @@ struct StreamLane : ScalarLane {
 #endif
 
 inline void StreamRange(const Buffers& buffers, size_t begin, size_t end) {
-  const Buffers b = buffers;
-  const float* const grad = static_cast<const float*>(b.grad);
+  float* const rows[] = {static_cast<float*>(buffers.master), static_cast<float*>(buffers.first),
+                         static_cast<float*>(buffers.second)};
+  const float* const grad = static_cast<const float*>(buffers.grad);
   const StreamLane::Vec weight = StreamLane::Broadcast(0x1p-30f);
-  size_t i = begin;
-  for (; i + StreamLane::kWidth <= end; i += StreamLane::kWidth) {
+  for (size_t i = begin; i + StreamLane::kWidth <= end; i += StreamLane::kWidth) {  // the last few stay as they are
     const StreamLane::Vec g = StreamLane::Load(grad + i);
-    StreamLane::Store(b.master + i, StreamLane::Fma(g, weight, StreamLane::Load(b.master + i)));
-    StreamLane::Store(b.exp_avg + i, StreamLane::Fma(g, weight, StreamLane::Load(b.exp_avg + i)));
-    StreamLane::Store(b.exp_avg_sq + i, StreamLane::Fma(g, weight, StreamLane::Load(b.exp_avg_sq + i)));
+    for (float* const row : rows) StreamLane::Store(row + i, StreamLane::Fma(g, weight, StreamLane::Load(row + i)));
   }
 }
