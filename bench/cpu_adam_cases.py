@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import itertools
 import os
 import sys
 from dataclasses import dataclass, field
@@ -20,13 +21,23 @@ from torch import Tensor
 
 from bench.interleaved import Case
 from offload import host_memory
-from offload.kernels import AdamScalars, adam_step, available_implementations, native
+from offload.kernels import (
+    STATE_FORMATS,
+    AdamScalars,
+    Rounding,
+    State,
+    adam_step,
+    available_implementations,
+    native,
+    update,
+)
+from offload.kernels.state import num_blocks, row_dtypes
 
 HYPER = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
 STEP = 10
-# A parameter's share of all that one size needs: buffers, twice for the comparison of pages, and the temporaries of
-# torch's foreach.
-BYTES_PER_PARAM = 2 * 20 + 12
+# A parameter's share of all that one size needs: buffers, twice for the comparison of pages, the state in each compact
+# format, and the temporaries of torch's foreach.
+BYTES_PER_PARAM = 2 * 20 + (10 + 6 + 4) + 12
 APART_BYTES = 17 << 12
 
 STREAM, OURS, OURS_OFFLOAD = "stream of the same bytes", "ours", "ours, bf16 gradient"
@@ -132,6 +143,8 @@ def make_jobs(buffers: Buffers, num_threads: int, *, quick: bool) -> Jobs:
     jobs.offload[OURS_OFFLOAD] = lambda: ours(name, buffers.grad_bf16, buffers.out)
     jobs.offload["ours, fp32 gradient"] = lambda: ours(name, buffers.grad, buffers.out)
     jobs.offload[TORCH_PASSES] = lambda: buffers.torch_passes()
+    for state_format in STATE_FORMATS[1:]:
+        jobs.offload[state_case(state_format)] = _compact_case(buffers, state_format, num_threads)
     if "numba" in available_implementations():
         jobs.step["numba"] = lambda: ours("numba", buffers.grad, None)
     else:
@@ -146,6 +159,28 @@ def make_jobs(buffers: Buffers, num_threads: int, *, quick: bool) -> Jobs:
     return jobs
 
 
+def _compact_case(buffers: Buffers, state_format: str, num_threads: int) -> Case:
+    """The offload job over state in another format, of its own and all zero: values don't change how long it takes."""
+    numel = buffers.master.numel()
+    rows = {name: dtype for name, dtype in row_dtypes(state_format).items() if name in ("master", "first", "second")}
+    scales = {f"{name}_scale": torch.zeros(num_blocks(numel)) for name, dtype in rows.items() if dtype.itemsize == 1}
+    arrays = empty_arrays(numel, *rows.values())
+    state = State(state_format, **{name: array.zero_() for name, array in zip(rows, arrays, strict=True)}, **scales)
+    scalars = AdamScalars.at_step(step=STEP, decoupled=True, **HYPER)
+    roundings = itertools.count(STEP)
+
+    def step() -> None:
+        update(
+            *(state, buffers.grad_bf16, buffers.out),
+            scalars=scalars,
+            rounding=Rounding.at_step(0, next(roundings)),
+            implementation=fastest(),
+            num_threads=num_threads,
+        )
+
+    return step
+
+
 def _add_deepspeed(jobs: Jobs, buffers: Buffers, num_threads: int, *, quick: bool) -> None:
     reason = None
     if importlib.util.find_spec("deepspeed") is None:
@@ -155,17 +190,17 @@ def _add_deepspeed(jobs: Jobs, buffers: Buffers, num_threads: int, *, quick: boo
     if reason is not None:
         jobs.missing |= {DEEPSPEED: reason, ZERO3: reason}
         return
-    update = _deepspeed_step(buffers)
+    deepspeed_step = _deepspeed_step(buffers)
     # DeepSpeed's operator has an OpenMP runtime beside torch's, so torch.set_num_threads doesn't reach it.
     ctypes.CDLL("libgomp.so.1").omp_set_num_threads(num_threads)
 
     def zero3() -> None:
         """unscale_and_clip_grads, _optimizer_step and _reassign_or_swap_out_partitioned_parameters of stage3.py."""
         buffers.grad.mul_(1.0)
-        update()
+        deepspeed_step()
         buffers.out.copy_(buffers.master)
 
-    jobs.step[DEEPSPEED] = update
+    jobs.step[DEEPSPEED] = deepspeed_step
     jobs.offload[ZERO3] = zero3
 
 

@@ -85,9 +85,11 @@ library = ctypes.CDLL(sys.argv[1])
 assert [library.offload_adam_supports(isa) for isa in (0, 1, 2)] == [1, 0, 0]
 master, exp_avg, exp_avg_sq, grad = ((ctypes.c_float * 100)(*[value] * 100) for value in (1.0, 0.0, 0.0, 0.5))
 scalars = (ctypes.c_float * 10)(1.0, 0.0, 1.0, 0.1, 0.999, 0.001, 1.0, 1e-8, -1.0)  # the last, an int, is 0
-arguments = (0, master, exp_avg, exp_avg_sq, None, grad, 0, None, -1, ctypes.c_size_t(100), scalars, 2)
-assert library.offload_adam_step(*arguments, ctypes.c_size_t(16)) == 0
-assert library.offload_adam_step(1, *arguments[1:], ctypes.c_size_t(16)) == -1
+def update(isa):
+    state = (master, exp_avg, exp_avg_sq, None, None, None)
+    numel, chunk_numel = ctypes.c_size_t(100), ctypes.c_size_t(16)
+    return library.offload_update(isa, 0, 0, *state, grad, 0, None, -1, numel, scalars, 0, 0, 0, 2, chunk_numel)
+assert [update(0), update(1), update(2)] == [0, -1, -1]
 assert all(0.05 <= value <= 0.0500001 for value in exp_avg), exp_avg[:]
 assert all(value < 0 for value in master), master[:]
 """
