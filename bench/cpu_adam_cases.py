@@ -136,7 +136,7 @@ def make_jobs(buffers: Buffers, num_threads: int, *, quick: bool) -> Jobs:
     ours = functools.partial(buffers.ours, num_threads=num_threads)
     jobs.step[STREAM] = lambda: buffers.stream(num_threads)
     jobs.step[OURS] = lambda: ours(name, buffers.grad, None)
-    if host_memory.uses_huge_pages():
+    if host_memory.uses_huge_pages() and not quick:
         ordinary = Buffers(buffers.master.numel(), ordinary_pages=True)
         jobs.step[ORDINARY_PAGES] = lambda: ordinary.ours(name, ordinary.grad, None, num_threads)
     jobs.step[TORCH_FUSED] = buffers.torch_fused
