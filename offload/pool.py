@@ -11,7 +11,7 @@ from torch import Tensor
 
 from offload.accelerators import Accelerator
 from offload.accounting import note_pinned
-from offload.subgroup import FLOAT32_BYTES, Slot, Staging
+from offload.subgroup import Slot, Staging
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -145,22 +145,23 @@ class Pool:
         self._tally = _PinnedTally()
         weakref.finalize(self, self._tally.release)
 
-    def host_state(self, num_rows: int, numel: int, *, pinned: bool) -> Tensor:
-        """Zeros of shape (num_rows, numel), float32, in host memory; pinned exactly, page by page."""
-        num_bytes = num_rows * numel * FLOAT32_BYTES
+    def host_state(self, num_rows: int, numel: int, *, pinned: bool, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Zeros of shape (num_rows, numel) in host memory; pinned exactly, page by page."""
+        num_bytes = num_rows * numel * dtype.itemsize
         if not pinned or self._accelerator is None:
-            return torch.zeros(num_rows, numel, dtype=torch.float32)
-        return self._pinned(num_bytes)[:num_bytes].view(torch.float32).zero_().view(num_rows, numel)
+            return torch.zeros(num_rows, numel, dtype=dtype)
+        return self._pinned(num_bytes)[:num_bytes].view(dtype).zero_().view(num_rows, numel)
 
-    def device_state(self, num_rows: int, numel: int) -> Tensor:
-        """Zeros of shape (num_rows, numel), float32, on the device."""
-        return torch.zeros(num_rows, numel, dtype=torch.float32, device=self._device)
+    def device_state(self, num_rows: int, numel: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Zeros of shape (num_rows, numel) on the device."""
+        return torch.zeros(num_rows, numel, dtype=dtype, device=self._device)
 
     def set_slots(self, num_slots: int, state_bytes: int, streams: Sequence[torch.Stream]) -> None:
         """Make the slots: ``num_slots`` device buffers of ``state_bytes`` each, used on ``streams`` too."""
-        numel = state_bytes // FLOAT32_BYTES
         self.slots = []  # the old ones go first, so that the device never holds both
-        self.slots = [Slot(i, torch.empty(numel, dtype=torch.float32, device=self._device)) for i in range(num_slots)]
+        self.slots = [
+            Slot(i, torch.empty(state_bytes, dtype=torch.uint8, device=self._device)) for i in range(num_slots)
+        ]
         for slot in self.slots:
             for stream in streams:  # the allocator may hand the memory on only when these streams are done with it
                 assert slot.buffer is not None
