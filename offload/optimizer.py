@@ -288,11 +288,14 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         """State in the schema of torch's optimizer, as tensors that share memory with this one.
 
         Parameters that are not float32 have one entry more, ``master``: their float32 values. State in another format
-        than fp32 has names of its own, see :mod:`offload.state_entries`: its masters are whole only together with the
-        parameters, so save the model with it.
+        than fp32 has names of its own, see :mod:`offload.state_entries`, and is copied. Its masters are whole only
+        together with the parameters, so save the model with it.
         """
         self.synchronize()
-        return super().state_dict()
+        state_dict = super().state_dict()
+        if self.state_format != "fp32":  # torch.save refuses views of one memory in several dtypes
+            state_dict["state"] = copy_entries(state_dict["state"])
+        return state_dict
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from torch import Tensor
 from offload.kernels.state import num_blocks
 from offload.masters import MasterTable, ParamHome
 from offload.state_entries import entry_names, saved_format
+
+_Key = TypeVar("_Key")  # a parameter, or its index
 
 # Group entries that say how torch's optimizer computes, not what: they stay as constructed.
 _NOT_LOADED = ("params", "foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay", "param_names")
@@ -43,7 +45,7 @@ def match_params(groups: Sequence[dict[str, Any]], saved_groups: Sequence[dict[s
 def check_entry(index: int, home: ParamHome, saved: Mapping[str, Any], rule: str) -> None:
     """Raise ValueError unless ``saved`` holds a step and a state, in any format, of the parameter's shape."""
     shape = tuple(home.item.param.shape)
-    source = saved_format(saved, home.moments, home.torch_names)
+    source = saved_format(saved, home.moments, home.torch_names, home.state.format)
     if source is None or not ("step" in saved or rule == "SGD"):  # torch counts no steps of SGD
         names = {"step", *(home.torch_names[field] for field in home.moments)}
         missing = sorted(names - saved.keys()) or ["remainder"]
@@ -102,6 +104,6 @@ def load_state(
         group.update(copy.deepcopy(loaded))  # a tensor lr is edited in place
 
 
-def copy_entries(state: Mapping[Tensor, Mapping[str, Tensor]]) -> dict[Tensor, dict[str, Tensor]]:
+def copy_entries(state: Mapping[_Key, Mapping[str, Tensor]]) -> dict[_Key, dict[str, Tensor]]:
     """Copies that share no memory with the slabs."""
-    return {param: {name: value.clone() for name, value in entries.items()} for param, entries in state.items()}
+    return {key: {name: value.clone() for name, value in entries.items()} for key, entries in state.items()}

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from offload.kernels import STATE_FORMATS, State
 from offload.kernels.codec import Rows, read_state, write_state
+from offload.kernels.state import row_dtypes
 
 
 def entry_names(state_format: str, torch_names: Mapping[str, str]) -> dict[str, str]:
@@ -45,19 +46,21 @@ def entry_views(state: State, param: Tensor, torch_names: Mapping[str, str]) -> 
     return views
 
 
-def saved_format(saved: Mapping[str, Any], moments: tuple[str, ...], torch_names: Mapping[str, str]) -> str | None:
+def saved_format(
+    saved: Mapping[str, Any], moments: tuple[str, ...], torch_names: Mapping[str, str], expected: str
+) -> str | None:
     """The format that an entry was saved in; None if it fits none of this rule's.
 
-    The master (or remainder) may be missing: torch has none.
+    A rule without moments keeps the same in several: then it is ``expected``, if that is one of them. The master may be
+    missing: torch has none.
     """
-    for state_format in STATE_FORMATS:
+    for state_format in (expected, *STATE_FORMATS):
         names = entry_names(state_format, torch_names)
         fields = [field for field in names if field.removesuffix("_scale") in moments]
         if {names[field] for field in fields} <= saved.keys() and (state_format != "fp32") == ("remainder" in saved):
-            dtype = saved[names[fields[0]]].dtype if fields else None
-            if state_format == "split16" and dtype == torch.bfloat16:  # bf16 has the same names
-                continue
-            return state_format
+            dtypes = row_dtypes(state_format)  # split16 and bf16 have the same names; torch's moments may be of any
+            if state_format == "fp32" or all(saved[names[field]].dtype == dtypes[field] for field in fields):
+                return state_format
     return None
 
 
@@ -69,7 +72,7 @@ def load_entry(
     From the same format, every bit. From another the moments are rounded to nearest; the master comes exactly, if half
     of it is in the parameter when that is loaded first.
     """
-    source = saved_format(saved, moments, torch_names)
+    source = saved_format(saved, moments, torch_names, state.format)
     assert source is not None
     names = entry_names(source, torch_names)
     if source == state.format:
