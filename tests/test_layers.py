@@ -19,7 +19,18 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         frozenset,
         (
             {"plan", "kernels", "accelerators", "hardware"},
-            {"lanes", "accounting", "gradients", "host_memory", "meters", "phase_hooks", "_table"},
+            {
+                "lanes",
+                "accounting",
+                "gradients",
+                "host_memory",
+                "meters",
+                "phase_hooks",
+                "_table",
+                "state_layout",
+                "state_entries",
+                "rules",
+            },
             {"subgroup", "monitor", "timeline", "testing"},
             {"pool", "policy", "executor", "adam"},
             {"homes", "ordering", "layout", "masters", "perf_model"},
@@ -31,6 +42,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
             {"runtime"},
             {"arguments", "explain"},
             {"optimizer", "cli"},
+            {"optimizers"},
             {"__init__"},
         ),
     )
