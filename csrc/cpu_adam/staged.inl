@@ -53,11 +53,11 @@ OFFLOAD_INLINE void NarrowFloats(const float* __restrict source, Format format, 
 
 // ---- the two halves of a master
 
-OFFLOAD_INLINE void JoinMaster(const Buffers& b, size_t i, size_t n, Block& block) {
+OFFLOAD_INLINE void JoinMaster(const Buffers& b, size_t i, size_t n, bool has_second, Block& block) {
   const uint16_t* __restrict high = static_cast<const uint16_t*>(b.param) + i;
   const int16_t* __restrict remainder = static_cast<const int16_t*>(b.master) + i;
   for (size_t k = 0; k < n; ++k) {
-    const uint32_t second = FloatToBits(block.second[k]);
+    const uint32_t second = has_second ? FloatToBits(block.second[k]) : 0;
     const uint32_t low = static_cast<uint32_t>(int32_t{remainder[k]}) + (second >> 31);
     block.param[k] = BitsToFloat((uint32_t{high[k]} << 16) + low);
     block.second[k] = BitsToFloat(second & 0x7fffffffu);
@@ -153,7 +153,7 @@ OFFLOAD_INLINE void ReadBlock(const Buffers& b, size_t i, size_t n, Block& block
   if (b.state_format == StateFormat::kFloat32) {
     WidenFloats(b.master, Format::kFloat32, i, n, block.param);
   } else {
-    JoinMaster(b, i, n, block);
+    JoinMaster(b, i, n, Rule::kHasSecond, block);
   }
 }
 
@@ -189,12 +189,19 @@ OFFLOAD_INLINE void WriteBlock(const Buffers& b, size_t i, size_t n, Block& bloc
   if (b.max_second != nullptr) NarrowFloats(block.max_second, Format::kFloat32, i, n, b.max_second);
 }
 
+#ifdef OFFLOAD_VECTOR_LANE
+#include "compact.inl"
+#endif
+
 // begin is a multiple of kStateBlock.
 template <template <class> class Rule>
 void UpdateStaged(const Buffers& buffers, size_t begin, size_t end, const void* scalars) {
   using Lane = WidestLane;
   const Buffers b = buffers;
   const Rule<Lane> rule(*static_cast<const typename Rule<Lane>::Scalars*>(scalars));
+#ifdef OFFLOAD_VECTOR_LANE
+  begin = UpdateCompact(b, begin, end, rule);
+#endif
   Block block{};
   for (size_t i = begin; i < end; i += kStateBlock) {
     const size_t n = std::min(kStateBlock, end - i);
