@@ -61,7 +61,7 @@ cpu_adam = PlainLibrary(
     depends=sorted(str(path) for path in Path("csrc/cpu_adam").glob("*") if path.suffix in (".h", ".inl")),
     # No -march: instruction sets are chosen at run time. -ffp-contract=off: the bits depend on it.
     extra_compile_args=[
-        *("-std=c++17", "-O2", "-g0", "-ffp-contract=off", "-fno-math-errno"),
+        *("-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno"),
         *("-fvisibility=hidden", "-pthread", "-Wno-maybe-uninitialized"),  # GCC 12 warns of its own AVX-512 header
     ],
     extra_link_args=["-pthread"],

@@ -89,7 +89,7 @@ def links() -> dict[str, Any]:
     found = {}
     for link, cores in LINKS:
         rates = Rates(link, link, cores, 1e15)
-        decision = decide(equal_subgroups(48 * 10**6, 10**6, 2, 12), rates)
+        decision = decide(equal_subgroups(48 * 10**6, 10**6, 2), rates)
         _, bound = best_split(Update(48e6), rates)
         found[f"{link / 1e9:g} GB/s, {cores / 1e9:g} billion parameters/s"] = {
             "chosen": decision.best.name,
@@ -146,7 +146,7 @@ def _emulate(link_bytes_per_s: float) -> None:
 
 def _plans(homes: Homes) -> dict[str, Plan]:
     """Plans of every kind that fit the memory of one optimizer, by name."""
-    subgroups, residents = equal_subgroups(NUM_SUBGROUPS * NUMEL, NUMEL, 2, 12), len(homes.residents)
+    subgroups, residents = equal_subgroups(NUM_SUBGROUPS * NUMEL, NUMEL, 2), len(homes.residents)
     prefix = f"{residents} resident, " if residents else ""
     plans = {f"{prefix}stride {k}": stride_plan(homes, NUM_SUBGROUPS, k) for k in (1, 3, 4, 6, 99)}
     plans[f"{prefix}1 slot"] = stride_plan(replace(homes, num_slots=1), NUM_SUBGROUPS, 1)
@@ -223,7 +223,7 @@ def online() -> dict[str, Any]:
         reached, homes, believed = optimizer.plan, optimizer.runtime.homes, optimizer.runtime.rates
         assert believed is not None
         plans = {"first": first, "reached": reached}
-        subgroups = equal_subgroups(NUM_SUBGROUPS * NUMEL, NUMEL, 2, 12)
+        subgroups = equal_subgroups(NUM_SUBGROUPS * NUMEL, NUMEL, 2)
         plans |= {f"{num} visit": Search(subgroups, believed).spread(homes, num) for num in range(0, 19, 2)}
         times_s: dict[str, list[float]] = {name: [] for name in plans}
         for _ in range(REPEATS):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from offload.gradients import NonFiniteGradientError
 from offload.hardware import HardwareProfile
 from offload.monitor import MemoryMonitor
-from offload.optimizer import Adam, AdamW
+from offload.optimizers import SGD, Adagrad, Adam, AdamW, Lion
 from offload.perf_model import Prediction, Rates
 from offload.plan import Op, OpKind, Placement, Plan, PlanError, lower
 from offload.policy import Static, Stride
@@ -34,10 +34,13 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "SGD",
+    "Adagrad",
     "Adam",
     "AdamW",
     "BudgetError",
     "HardwareProfile",
+    "Lion",
     "MemoryMonitor",
     "NonFiniteGradientError",
     "Op",

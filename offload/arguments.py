@@ -30,6 +30,13 @@ def check_switches(**switches: bool | None) -> None:
             )
 
 
+def check_rounding_seed(rounding_seed: object) -> int:
+    """``rounding_seed``, or TypeError if it is no int."""
+    if not isinstance(rounding_seed, int) or isinstance(rounding_seed, bool):
+        raise TypeError(f"rounding_seed must be an int, not {rounding_seed!r}")
+    return rounding_seed
+
+
 def parse_options(
     *,
     plan: object,

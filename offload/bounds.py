@@ -69,10 +69,10 @@ def load_of_plan(plan: Plan, subgroups: Sequence[Subgroup]) -> Load:
         subgroup = subgroups[op.subgroup]
         match op.kind:
             case OpKind.GRAD_DOWN:
-                down += subgroup.param_bytes
+                down += subgroup.down_bytes
             case OpKind.UPDATE_CPU:
                 host_numel += subgroup.numel
-                cpu += 2 * (subgroup.state_bytes + subgroup.param_bytes)
+                cpu += subgroup.host_update_bytes
             case OpKind.UPLOAD:
                 up += subgroup.param_bytes
             case OpKind.PREFETCH:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle, unserializable_hook
 
-from offload.adam import AdamSubgroup
+from offload.adam import AdamSubgroup, flat
 from offload.executor import early_operations, enqueue_early
 from offload.gradients import Fingerprint, fingerprints_of
 from offload.lanes import Event, Lanes
@@ -82,7 +82,7 @@ class EarlyTransfers:
         """What the gradients of a subgroup are, whose actions are told of them."""
         grads = [(item, item.param.grad) for item in self._actions[index].slices]
         there = [(item, grad.detach()) for item, grad in grads if grad is not None]
-        self._actions[index].begin_gradients([(item, grad.reshape(-1)) for item, grad in there])
+        self._actions[index].begin_gradients([(item, grad.reshape(-1), flat(item.param)) for item, grad in there])
         return fingerprints_of([grad for _, grad in there])
 
     def take(self, plan: Plan) -> Collection[Op]:

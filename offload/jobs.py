@@ -10,16 +10,16 @@ from typing import Any
 from offload.candidates import Decision, decide, sampled
 from offload.estimate import ZERO_STAGES, MemoryEstimate, ModelCost, estimate_memory
 from offload.hardware import HardwareProfile
+from offload.kernels import STATE_FORMATS
+from offload.kernels.state import check_state_format
 from offload.layout import resolve_subgroup_numel
 from offload.perf_model import Rates
 from offload.phases import StepPrediction, predict_step
 from offload.planner import Search
 from offload.pool import BudgetError, Budgets, format_bytes
+from offload.state_layout import ADAM_FP32, StateKind, StateLayout
 from offload.subgroup import Subgroup
 
-# Bytes of optimizer state a parameter: float32 master and moments; a 16-bit remainder of the master; also moments in
-# bf16; in 8 bits.
-STATE_BYTES = {"fp32": 12, "split16": 10, "bf16": 6, "int8": 4}
 LEVER_SAMPLE = 24  # subgroups that levers are timed with
 RATE_LEVERS = {
     "twice the link": ("h2d_bytes_per_s", "d2h_bytes_per_s", "both_bytes_per_s"),
@@ -36,7 +36,7 @@ class TrainingJob:
     Attributes:
         cost: what the model takes in one step of one rank.
         subgroup_numel: parameters in a subgroup; None for the runtime's default.
-        state_format: of the optimizer state, a key of :data:`STATE_BYTES`.
+        state_format: of the optimizer state, one of :data:`offload.kernels.STATE_FORMATS`.
 
     Raises:
         ValueError: for a state format, ZeRO stage or number of ranks that is not possible.
@@ -54,8 +54,7 @@ class TrainingJob:
             raise ValueError(f"num_ranks={self.num_ranks} is no number of ranks; give 1 or more")
         if self.zero_stage not in ZERO_STAGES:
             raise ValueError(f"zero_stage={self.zero_stage} is unknown; give one of {ZERO_STAGES}")
-        if self.state_format not in STATE_BYTES:
-            raise ValueError(f"state_format={self.state_format!r} is unknown; known are {', '.join(STATE_BYTES)}")
+        check_state_format(self.state_format)
 
     @property
     def num_ranks_per_node(self) -> int:
@@ -72,7 +71,7 @@ class TrainingJob:
             self.rank_numel,
             resolve_subgroup_numel(self.subgroup_numel, self.rank_numel),
             self.cost.param_itemsize,
-            STATE_BYTES[self.state_format],
+            StateKind(self.state_format),
         )
 
     def rates(self, state_format: str | None = None) -> Rates:
@@ -91,12 +90,19 @@ class TrainingJob:
         )
 
 
-def equal_subgroups(numel: int, subgroup_numel: int, param_itemsize: int, state_bytes: int) -> list[Subgroup]:
+def equal_subgroups(
+    numel: int, subgroup_numel: int, param_itemsize: int, kind: StateKind = ADAM_FP32
+) -> list[Subgroup]:
     """``numel`` parameters in subgroups of ``subgroup_numel``, or a little less so that all are equal but for one."""
     num = max(1, -(-numel // subgroup_numel))
     cuts = [i * numel // num for i in range(num + 1)]
     sizes = [end - begin for begin, end in itertools.pairwise(cuts)]
-    return [Subgroup(i, size, size * param_itemsize, size * state_bytes) for i, size in enumerate(sizes)]
+    return [
+        Subgroup(
+            i, size, size * param_itemsize, StateLayout(kind, size).num_bytes, master_in_param=kind.master_in_param
+        )
+        for i, size in enumerate(sizes)
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,10 +195,13 @@ def _levers(job: TrainingJob, subgroups: Sequence[Subgroup], decision: Decision)
     for name, fields in RATE_LEVERS.items():
         faster = replace(rates, **{field: 2 * getattr(rates, field) for field in fields})
         found.append((Search(sample, faster).best_share(homes).update_s, name))
-    for state_format, state_bytes in STATE_BYTES.items():
-        if state_bytes < STATE_BYTES[job.state_format]:
-            smaller = [replace(s, state_bytes=s.numel * state_bytes) for s in sample]
-            choice = Search(smaller, job.rates(state_format)).best_share(homes)
-            found.append((choice.update_s, f"state_format {state_format}"))
+    for state_format in STATE_FORMATS[STATE_FORMATS.index(job.state_format) + 1 :]:  # each is smaller than the last
+        kind = StateKind(state_format)
+        smaller = [
+            replace(s, state_bytes=StateLayout(kind, s.numel).num_bytes, master_in_param=kind.master_in_param)
+            for s in sample
+        ]
+        choice = Search(smaller, job.rates(state_format)).best_share(homes)
+        found.append((choice.update_s, f"state_format {state_format}"))
     for update_s, name in sorted(found):
         yield Lever(name, best.update_s * min(1.0, update_s / before_s))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from offload.adam import ParamSlice
 from offload.pending import PendingTensor
+from offload.state_layout import StateKind
 
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEFAULT_NUM_SUBGROUPS = 24  # enough to overlap transfers with updates; more only adds launches
@@ -19,7 +20,7 @@ MAX_SUBGROUP_NUMEL = 10**8  # the paper's subgroup size (arXiv 2410.21316)
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """Parameters of one subgroup: same parameter group, same dtype, packed without gaps."""
+    """Parameters of one subgroup: same parameter group, same dtype, packed without gaps but for alignment."""
 
     group_index: int
     dtype: torch.dtype
@@ -27,7 +28,7 @@ class Packed:
 
     @property
     def numel(self) -> int:
-        return sum(item.numel for item in self.slices)
+        return self.slices[-1].offset + self.slices[-1].numel
 
 
 def check_param(param: Tensor, name: str, device: torch.device) -> None:
@@ -54,6 +55,21 @@ def check_param(param: Tensor, name: str, device: torch.device) -> None:
         )
 
 
+def check_state_kind(kind: StateKind, param: Tensor, name: str) -> None:
+    """Raise ValueError, naming the parameter, if its state cannot be kept in the format asked for."""
+    if kind.master_in_param and param.dtype != torch.bfloat16:
+        raise ValueError(
+            f"state_format={kind.format!r} keeps half of each float32 master in a bfloat16 parameter, but parameter "
+            f"{name} has dtype {param.dtype}; convert the model to bfloat16, give this parameter to another optimizer, "
+            f"or use state_format='fp32'"
+        )
+    if "max_second" in kind.moments and kind.rounds:
+        raise ValueError(
+            f"amsgrad=True is not available with state_format={kind.format!r}, whose rounding would let the maximum "
+            f"drift upward; use state_format='fp32' or 'split16', or leave amsgrad out"
+        )
+
+
 def check_grad(grad: Tensor, param: Tensor, name: str) -> None:
     """Raise if the kernels cannot take a gradient."""
     if not isinstance(grad, PendingTensor) and type(grad) not in (Tensor, nn.Parameter):
@@ -63,7 +79,7 @@ def check_grad(grad: Tensor, param: Tensor, name: str) -> None:
         )
     if grad.layout is not torch.strided:
         raise RuntimeError(
-            f"the gradient of parameter {name} is sparse ({grad.layout}), which Adam here does not support; "
+            f"the gradient of parameter {name} is sparse ({grad.layout}), which is not supported here; "
             f"use torch.optim.SparseAdam for it, or an embedding with sparse=False"
         )
     if grad.dtype != param.dtype:
@@ -87,11 +103,22 @@ def resolve_subgroup_numel(subgroup_numel: int | None, total_numel: int) -> int:
     return subgroup_numel
 
 
-def pack(group_index: int, params: Iterable[Tensor], subgroup_numel: int) -> list[Packed]:
+def pack(
+    group_index: int,
+    params: Iterable[Tensor],
+    subgroup_numel: int,
+    *,
+    alignment: int = 1,
+    numbers: Mapping[Tensor, int] | None = None,
+) -> list[Packed]:
     """Pack whole parameters, in order and by dtype, into subgroups of about ``subgroup_numel`` elements.
 
     A subgroup is closed when the next parameter would exceed that size, unless it is not half full: so a parameter
     larger than the size takes small neighbours with it. Empty parameters have nothing to update and are left out.
+
+    Args:
+        alignment: each parameter begins at a multiple of it.
+        numbers: of each parameter's first element, see :class:`ParamSlice`; None: 0 for all.
     """
     by_dtype: dict[torch.dtype, list[list[Tensor]]] = {}
     for param in params:
@@ -102,12 +129,17 @@ def pack(group_index: int, params: Iterable[Tensor], subgroup_numel: int) -> lis
         if filled + param.numel() > subgroup_numel and 2 * filled >= subgroup_numel:
             runs.append([])
         runs[-1].append(param)
-    return [Packed(group_index, dtype, _slices(run)) for dtype, runs in by_dtype.items() for run in runs]
+    return [
+        Packed(group_index, dtype, _slices(run, alignment, numbers or {}))
+        for dtype, runs in by_dtype.items()
+        for run in runs
+    ]
 
 
-def _slices(params: Sequence[Tensor]) -> tuple[ParamSlice, ...]:
-    slices, offset = [], 0
+def _slices(params: Sequence[Tensor], alignment: int, numbers: Mapping[Tensor, int]) -> tuple[ParamSlice, ...]:
+    slices, end = [], 0
     for param in params:
-        slices.append(ParamSlice(param, offset, param.numel()))
-        offset += param.numel()
+        offset = -(-end // alignment) * alignment
+        slices.append(ParamSlice(param, offset, param.numel(), numbers.get(param, 0)))
+        end = offset + param.numel()
     return tuple(slices)

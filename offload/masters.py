@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from offload.adam import AdamSubgroup, ParamSlice, read_master
+from offload.adam import AdamSubgroup, ParamSlice, drop_remainder, read_master
+from offload.kernels import State
+from offload.state_entries import entry_views, load_entry
 
-STATE_ROWS = ("master", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+_ADAM_NAMES = {"first": "exp_avg", "second": "exp_avg_sq", "max_second": "max_exp_avg_sq"}
 
 
 class ParamHome:
     """Where one parameter's state lives, and what the parameter looked like when its master last equalled it."""
 
-    __slots__ = ("_address", "_storage", "_version", "actions", "fresh", "item", "subgroup")
+    __slots__ = ("_address", "_storage", "_version", "actions", "fresh", "item", "subgroup", "torch_names")
 
-    def __init__(self, subgroup: int, actions: AdamSubgroup, item: ParamSlice) -> None:
+    def __init__(
+        self, subgroup: int, actions: AdamSubgroup, item: ParamSlice, torch_names: Mapping[str, str] = _ADAM_NAMES
+    ) -> None:
         self.subgroup = subgroup
+        self.torch_names = torch_names
         self.actions = actions
         self.item = item
         self.fresh = True  # its moments are zero: no step was counted since they were made
@@ -29,8 +35,14 @@ class ParamHome:
         self._storage: StorageWeakRef | None = None
 
     @property
-    def has_max_exp_avg_sq(self) -> bool:
-        return self.actions.state.shape[0] == len(STATE_ROWS)
+    def moments(self) -> tuple[str, ...]:
+        """Fields of :class:`offload.kernels.State` besides the master."""
+        return self.actions.layout.kind.moments
+
+    @property
+    def state(self) -> State:
+        """The parameter's state, as views of the slab."""
+        return self.actions.state_of(self.item)
 
     @property
     def changed(self) -> bool:
@@ -53,27 +65,30 @@ class ParamHome:
 
     def restart(self) -> None:
         """Make the state what it is before a first step. Nothing may be in flight."""
-        self.item.within(self.actions.state[1:]).zero_()
+        for name, tensor in self.state.items():
+            if name != "master":
+                tensor.zero_()
         self.take_master()
         self.fresh = True
 
     def take_master(self) -> None:
         """Make the master what the parameter is, whatever it was. Nothing may be in flight."""
-        self.item.within(self.actions.state[0]).copy_(self.item.param.detach().view(-1))
+        state = self.state
+        if state.is_compact:
+            drop_remainder(state)
+        else:
+            state.master.copy_(self.item.param.detach().view(-1))
 
     def views(self) -> dict[str, Tensor]:
-        """State in the names of torch's schema, as views of the slab in the parameter's shape.
+        """The entry of ``optimizer.state``: see :mod:`offload.state_entries`."""
+        return entry_views(self.state, self.item.param, self.torch_names)
 
-        A float32 parameter has no ``master`` entry: the parameter itself is that.
-        """
-        param = self.item.param
-        views = {
-            name: self.item.within(row).view_as(param)
-            for name, row in zip(STATE_ROWS, self.actions.state.unbind(), strict=False)
-        }
-        if param.dtype == torch.float32:
-            del views["master"]
-        return views
+    def load(self, saved: Mapping[str, Any]) -> None:
+        """Take a saved entry, of whichever format. Nothing may be in flight."""
+        if not load_entry(self.state, self.item.param, saved, self.moments, self.torch_names):
+            self.take_master()
+        self.recheck()  # the model's weights win over the checkpoint's masters, whichever was loaded first
+        self.fresh = False
 
 
 class MasterTable:
@@ -92,9 +107,10 @@ class MasterTable:
     def __getitem__(self, param: Tensor) -> ParamHome:
         return self._homes[param]
 
-    def add(self, subgroup: int, actions: AdamSubgroup) -> None:
+    def add(self, subgroup: int, actions: AdamSubgroup, torch_names: Mapping[str, str] = _ADAM_NAMES) -> None:
+        """Parameters of a subgroup; ``torch_names``: what torch calls the fields of their state."""
         for item in actions.slices:
-            self._homes[item.param] = ParamHome(subgroup, actions, item)
+            self._homes[item.param] = ParamHome(subgroup, actions, item, torch_names)
 
     def refresh(self, synchronize: Callable[[], None], check: Callable[[Tensor], None], *, all_: bool = False) -> None:
         """Read the masters of edited parameters (or all) again, after ``check`` accepted each and all is at rest."""

@@ -1,7 +1,8 @@
-"""Adam and AdamW whose state lives in host memory: torch's optimizers in use, interleaved offloading inside."""
+"""Optimizers whose state lives in host memory: torch's optimizers in use, interleaved offloading inside."""
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -13,36 +14,36 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from offload.arguments import check_switches, param_name, parse_options
+from offload.arguments import check_rounding_seed, param_name, parse_options
 from offload.explain import explain
 from offload.gradients import NonFiniteGradientError, PendingScale, all_finite
 from offload.hardware import HardwareProfile
-from offload.layout import Packed, check_grad, check_param, pack, resolve_subgroup_numel
+from offload.kernels.state import check_state_format
+from offload.layout import Packed, check_grad, check_param, check_state_kind, pack, resolve_subgroup_numel
 from offload.masters import MasterTable
 from offload.optimizer_state import copy_entries, fill_entry, load_state
 from offload.perf_model import Prediction, Rates
 from offload.plan import Plan
 from offload.policy import Overlap, Policy
 from offload.pool import MemoryBill
+from offload.rules import Rule
 from offload.runtime import Runtime
+from offload.state_layout import StateKind
 from offload.timeline import Span
-from offload.updates import GroupedParam, scalars_of, updates_by_subgroup
+from offload.updates import GroupedParam, updates_by_subgroup
 
 OnNonFinite = Literal["error", "skip"]
 
 
-class Adam(torch.optim.Optimizer):
-    """``torch.optim.Adam`` with its state in host memory, updated on the CPU and on the accelerator as a plan says.
+class OffloadedOptimizer(torch.optim.Optimizer):
+    """A torch optimizer with its state in host memory, updated on the CPU and on the accelerator as a plan says.
 
-    Every placement gives the same bits: those of torch's fused CPU kernel. The method is that of *Deep Optimizer
-    States* (arXiv 2410.21316).
+    Every placement gives the same bits. The method is that of *Deep Optimizer States* (arXiv 2410.21316). Subclasses in
+    :mod:`offload.optimizers` add the hyper-parameters of their rule and pass these arguments on, keyword-only:
 
     Args:
         params: parameters, named parameters or groups, all on one device: float32, bfloat16 or float16, contiguous.
             The device may be the CPU: then every update is the CPU's.
-        lr, betas, eps, weight_decay, amsgrad, maximize: as in torch.
-        foreach, fused, capturable, differentiable: accepted at the values that describe this optimizer (it is fused,
-            runs eagerly and is not differentiable), so that code written for torch's runs; other values are errors.
         plan: ``"auto"`` measures some steps and follows the fastest split as rates change, ``"host"`` updates all on
             the CPU, ``"device"`` streams all through the accelerator; or :class:`offload.Static`,
             :class:`offload.Stride`, an :class:`offload.Plan` or its text.
@@ -60,28 +61,24 @@ class Adam(torch.optim.Optimizer):
         on_nonfinite: what :meth:`step` does about NaN or infinity in a gradient: raise
             :class:`NonFiniteGradientError`, or skip the step and count it in ``num_skipped_steps``. State and
             parameters are untouched either way.
+        state_format: ``"fp32"``; ``"split16"``, the float32 master as bfloat16 parameter and 16-bit remainder, which
+            gives the same bits in two bytes less a parameter; ``"bf16"``, with moments in bfloat16 besides; ``"int8"``,
+            with moments in 8 bits, a scale for each 128. All but fp32 need bfloat16 parameters (docs/numerics.md).
+        rounding_seed: of the random bits that moments are rounded with in bf16 and int8. They depend on it, on the step
+            and on the element, not on where or by how many threads the update runs.
 
     Raises:
         ValueError, TypeError: for parameters or arguments that cannot be taken, naming value, limit and remedy.
         offload.BudgetError: if a budget does not hold what is asked for.
     """
 
-    _decoupled = False
+    rule: Rule
 
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        amsgrad: bool = False,
+        defaults: dict[str, Any],
         *,
-        foreach: bool | None = None,
-        maximize: bool = False,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
         plan: Policy | str = "auto",
         device_budget: int | str | None = None,
         host_budget: int | str | None = None,
@@ -91,8 +88,9 @@ class Adam(torch.optim.Optimizer):
         profile: HardwareProfile | Rates | str | None = None,
         overlap: Overlap = "auto",
         on_nonfinite: OnNonFinite = "error",
+        state_format: str = "fp32",
+        rounding_seed: int = 0,
     ) -> None:
-        check_switches(foreach=foreach, fused=fused, capturable=capturable, differentiable=differentiable)
         if on_nonfinite not in ("error", "skip"):
             raise ValueError(f"on_nonfinite={on_nonfinite!r} is neither 'error' nor 'skip'")
         self._options = parse_options(
@@ -105,13 +103,10 @@ class Adam(torch.optim.Optimizer):
             profile=profile,
             overlap=overlap,
         )
+        self.state_format = check_state_format(state_format)
+        self.rounding_seed = check_rounding_seed(rounding_seed)
         self.on_nonfinite = on_nonfinite
         self.num_skipped_steps = 0
-        defaults = {
-            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad,
-            "maximize": maximize, "foreach": None, "capturable": False, "differentiable": False, "fused": None,
-            "decoupled_weight_decay": self._decoupled,
-        }  # fmt: skip
         self._forget_runtime()
         super().__init__(params, defaults)
         self._build()
@@ -141,7 +136,7 @@ class Adam(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            scalars_of(group, step=1, decoupled=self._decoupled)  # refuses hyper-parameters out of range
+            self.rule.scalars(group, step=1)  # refuses hyper-parameters out of range
             if self._runtime is not None:
                 self._add_to_runtime([len(self.param_groups) - 1])
         except BaseException:
@@ -150,20 +145,30 @@ class Adam(torch.optim.Optimizer):
 
     def _add_to_runtime(self, group_indices: Iterable[int]) -> None:
         """Allocate state for the trainable parameters of these groups that have none yet, after checking them all."""
-        packed: dict[int, list[Packed]] = {}
+        packed: dict[StateKind, list[Packed]] = {}
+        numbers = self._numbers()
         for index in group_indices:
             group, params = self.param_groups[index], []
+            kind = StateKind(self.state_format, self.rule.moments(group))
             for i, param in enumerate(group["params"]):
                 if (param.requires_grad or param.grad is not None) and param not in self._masters:
                     check_param(param, param_name(group, index, i), self.runtime.device)
+                    check_state_kind(kind, param, param_name(group, index, i))
                     params.append(param)
-            num_state_rows = 4 if group["amsgrad"] else 3
-            packed.setdefault(num_state_rows, []).extend(pack(index, params, self._subgroup_numel))
-        for num_state_rows, subgroups in packed.items():
+            packed.setdefault(kind, []).extend(
+                pack(index, params, self._subgroup_numel, alignment=kind.alignment, numbers=numbers)
+            )
+        for kind, subgroups in packed.items():
             first = len(self.runtime.subgroups)
-            for i, actions in enumerate(self.runtime.add(subgroups, num_state_rows)):
-                self._masters.add(first + i, actions)
+            for i, actions in enumerate(self.runtime.add(subgroups, kind)):
+                self._masters.add(first + i, actions, self.rule.torch_names)
         self._refresh_masters()
+
+    def _numbers(self) -> dict[Tensor, int]:
+        """Of each parameter's first element, numbering all groups through: what its random bits are drawn by."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        ends = itertools.accumulate(param.numel() for param in params)
+        return {param: end - param.numel() for param, end in zip(params, ends, strict=True)}
 
     @property
     def runtime(self) -> Runtime:
@@ -203,7 +208,12 @@ class Adam(torch.optim.Optimizer):
 
     def _run(self, params: Sequence[GroupedParam], grad_scale: float) -> None:
         updates = updates_by_subgroup(
-            params, self._masters, self.state, decoupled=self._decoupled, grad_scale=grad_scale
+            params,
+            self._masters,
+            self.state,
+            rule=self.rule,
+            grad_scale=grad_scale,
+            rounding_seed=self.rounding_seed,
         )
         self._grad_scale.forget()
         for _, param in params:
@@ -286,16 +296,23 @@ class Adam(torch.optim.Optimizer):
     # ---- state
 
     def state_dict(self) -> dict[str, Any]:
-        """State in the schema of ``torch.optim.Adam``/``AdamW``, as tensors that share memory with this optimizer.
+        """State in the schema of torch's optimizer, as tensors that share memory with this one.
 
-        Parameters that are not float32 have one entry more, ``master``: their float32 values.
+        Parameters that are not float32 have one entry more, ``master``: their float32 values. State in another format
+        than fp32 has names of its own, see :mod:`offload.state_entries`, and is copied. Its masters are whole only
+        together with the parameters, so save the model with it.
         """
         self.synchronize()
-        return super().state_dict()
+        state_dict = super().state_dict()
+        if self.state_format != "fp32":  # torch.save refuses views of one memory in several dtypes
+            state_dict["state"] = copy_entries(state_dict["state"])
+        return state_dict
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load state saved by this class under any plan and budgets, or by ``torch.optim.Adam``/``AdamW``.
+        """Load state saved by this class under any plan, budgets and format, or by torch's class of that name.
+
+        From the same format every bit is taken. Into another, load the model first: half of each master may be there.
 
         Raises:
             ValueError: if the state is another model's; nothing is loaded then.
@@ -306,7 +323,7 @@ class Adam(torch.optim.Optimizer):
             changed = hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
         self._refresh_masters()
-        load_state(self.param_groups, self.state, self._masters, state_dict)
+        load_state(self.param_groups, self.state, self._masters, state_dict, self.rule.name)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -319,6 +336,8 @@ class Adam(torch.optim.Optimizer):
             "state": copy_entries(self.state),
             "_options": self._options,
             "on_nonfinite": self.on_nonfinite,
+            "state_format": self.state_format,
+            "rounding_seed": self.rounding_seed,
             "num_skipped_steps": self.num_skipped_steps,
         }
 
@@ -394,21 +413,3 @@ class Adam(torch.optim.Optimizer):
             if other is param
         )
         return next(names, "(in no group now)")
-
-
-class AdamW(Adam):
-    """``torch.optim.AdamW`` (weight decay decoupled from the gradient), offloaded. See :class:`Adam`."""
-
-    _decoupled = True
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        amsgrad: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **kwargs)

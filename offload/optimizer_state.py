@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from offload.kernels.state import num_blocks
 from offload.masters import MasterTable, ParamHome
+from offload.state_entries import entry_names, saved_format
+
+_Key = TypeVar("_Key")  # a parameter, or its index
 
 # Group entries that say how torch's optimizer computes, not what: they stay as constructed.
 _NOT_LOADED = ("params", "foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay", "param_names")
@@ -29,39 +33,38 @@ def match_params(groups: Sequence[dict[str, Any]], saved_groups: Sequence[dict[s
                 f"group {index} of the state to load has {len(saved['params'])} parameters, this optimizer's "
                 f"{len(group['params'])}: it belongs to another model or to other groups"
             )
-        if bool(group["amsgrad"]) != bool(saved.get("amsgrad", False)):
+        if bool(group.get("amsgrad")) != bool(saved.get("amsgrad")):
             raise ValueError(
                 f"group {index} was saved with amsgrad={saved.get('amsgrad', False)} and constructed with "
-                f"amsgrad={group['amsgrad']}; construct the optimizer as it was when it was saved"
+                f"amsgrad={group.get('amsgrad', False)}; construct the optimizer as it was when it was saved"
             )
         params.update(zip(saved["params"], group["params"], strict=True))
     return params
 
 
-def check_entry(index: int, param: Tensor, saved: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Raise ValueError unless ``saved`` holds a step and, for each of ``names``, a tensor of the parameter's shape."""
-    if missing := sorted({"step", *names} - saved.keys() - {"master"}):
-        raise ValueError(f"the state to load lacks {missing} for parameter {index}: it is no Adam state")
-    for name in names:
-        if name in saved and tuple(saved[name].shape) != tuple(param.shape):
+def check_entry(index: int, home: ParamHome, saved: Mapping[str, Any], rule: str) -> None:
+    """Raise ValueError unless ``saved`` holds a step and a state, in any format, of the parameter's shape."""
+    shape = tuple(home.item.param.shape)
+    source = saved_format(saved, home.moments, home.torch_names, home.state.format)
+    if source is None or not ("step" in saved or rule == "SGD"):  # torch counts no steps of SGD
+        names = {"step", *(home.torch_names[field] for field in home.moments)}
+        missing = sorted(names - saved.keys()) or ["remainder"]
+        raise ValueError(f"the state to load lacks {missing} for parameter {index}: it is no {rule} state")
+    for field, name in entry_names(source, home.torch_names).items():
+        if name not in saved:
+            continue
+        wanted = (num_blocks(home.item.numel),) if field.endswith("_scale") else shape
+        if tuple(saved[name].shape) != wanted:
             raise ValueError(
                 f"{name} of parameter {index} in the state to load has shape {tuple(saved[name].shape)}, the "
-                f"parameter {tuple(param.shape)}: the state belongs to another model"
+                f"parameter {shape}: the state belongs to another model"
             )
 
 
 def fill_entry(home: ParamHome, saved: Mapping[str, Any]) -> dict[str, Tensor]:
     """Copy a checked entry into a parameter's home. Returns the entry that ``optimizer.state`` is to hold."""
-    views = home.views()
-    for name, view in views.items():
-        if name in saved:  # may be this very view: a state_dict shares memory with its optimizer
-            view.copy_(saved[name])
-        else:
-            assert name == "master"
-            home.take_master()
-    home.recheck()  # the model's weights win over the checkpoint's masters, whichever was loaded first
-    home.fresh = False
-    return {"step": torch.tensor(float(saved["step"])), **views}
+    home.load(saved)
+    return {"step": torch.tensor(float(saved.get("step", 1.0))), **home.views()}
 
 
 def load_state(
@@ -69,11 +72,13 @@ def load_state(
     state: dict[Tensor, dict[str, Tensor]],
     masters: MasterTable,
     state_dict: Mapping[str, Any],
+    rule: str = "Adam",
 ) -> None:
     """Fill ``state`` and the slabs behind ``masters`` from ``state_dict``; nothing is changed if it does not fit.
 
-    A float32 parameter is its own master, so a saved ``master`` is not needed for it; for any other dtype a missing
-    ``master`` (state saved by torch, or before the first step) is taken from the parameter.
+    The state may be of another format. A float32 parameter is its own master, so a saved ``master`` is not needed for
+    it; for any other dtype a missing ``master`` (state saved by torch, or before the first step) is taken from the
+    parameter.
     """
     if missing := sorted({"param_groups", "state"} - state_dict.keys()):
         raise ValueError(f"the state to load lacks {missing}: it is no optimizer's state_dict")
@@ -88,7 +93,7 @@ def load_state(
                 f"the state to load has an entry for parameter {index}, which was frozen when this optimizer was "
                 f"constructed; set requires_grad first"
             )
-        check_entry(index, param, saved, list(masters[param].views()))
+        check_entry(index, masters[param], saved, rule)
 
     for index, param in params.items():
         state.pop(param, None)
@@ -99,6 +104,6 @@ def load_state(
         group.update(copy.deepcopy(loaded))  # a tensor lr is edited in place
 
 
-def copy_entries(state: Mapping[Tensor, Mapping[str, Tensor]]) -> dict[Tensor, dict[str, Tensor]]:
+def copy_entries(state: Mapping[_Key, Mapping[str, Tensor]]) -> dict[_Key, dict[str, Tensor]]:
     """Copies that share no memory with the slabs."""
-    return {param: {name: value.clone() for name, value in entries.items()} for param, entries in state.items()}
+    return {key: {name: value.clone() for name, value in entries.items()} for key, entries in state.items()}

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from offload import host_memory
 from offload.accelerators import Accelerator
 from offload.accounting import note_pinned
-from offload.subgroup import FLOAT32_BYTES, Slot, Staging
+from offload.kernels.first_touch import zero_rows_
+from offload.subgroup import Slot, Staging
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -145,22 +147,27 @@ class Pool:
         self._tally = _PinnedTally()
         weakref.finalize(self, self._tally.release)
 
-    def host_state(self, num_rows: int, numel: int, *, pinned: bool) -> Tensor:
-        """Zeros of shape (num_rows, numel), float32, in host memory; pinned exactly, page by page."""
-        num_bytes = num_rows * numel * FLOAT32_BYTES
-        if not pinned or self._accelerator is None:
-            return torch.zeros(num_rows, numel, dtype=torch.float32)
-        return self._pinned(num_bytes)[:num_bytes].view(torch.float32).zero_().view(num_rows, numel)
+    def host_state(self, num_rows: int, numel: int, *, pinned: bool, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Zeros of shape (num_rows, numel) in host memory; pinned exactly, page by page.
 
-    def device_state(self, num_rows: int, numel: int) -> Tensor:
-        """Zeros of shape (num_rows, numel), float32, on the device."""
-        return torch.zeros(num_rows, numel, dtype=torch.float32, device=self._device)
+        Each row is contiguous; all of it is if it is pinned, as it crosses the link in one copy. Each page is written
+        first by the thread that will update it; pinning comes before that where it touches pages.
+        """
+        if not pinned or self._accelerator is None:
+            return zero_rows_(host_memory.empty_rows(num_rows, numel * dtype.itemsize).view(dtype))
+        num_bytes = num_rows * numel * dtype.itemsize
+        return zero_rows_(self._pinned(num_bytes)[:num_bytes].view(dtype).view(num_rows, numel))
+
+    def device_state(self, num_rows: int, numel: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Zeros of shape (num_rows, numel) on the device."""
+        return torch.zeros(num_rows, numel, dtype=dtype, device=self._device)
 
     def set_slots(self, num_slots: int, state_bytes: int, streams: Sequence[torch.Stream]) -> None:
         """Make the slots: ``num_slots`` device buffers of ``state_bytes`` each, used on ``streams`` too."""
-        numel = state_bytes // FLOAT32_BYTES
         self.slots = []  # the old ones go first, so that the device never holds both
-        self.slots = [Slot(i, torch.empty(numel, dtype=torch.float32, device=self._device)) for i in range(num_slots)]
+        self.slots = [
+            Slot(i, torch.empty(state_bytes, dtype=torch.uint8, device=self._device)) for i in range(num_slots)
+        ]
         for slot in self.slots:
             for stream in streams:  # the allocator may hand the memory on only when these streams are done with it
                 assert slot.buffer is not None

@@ -31,7 +31,8 @@ from offload.perf_model import Prediction, Rates, predict
 from offload.plan import Placement, Plan
 from offload.policy import Overlap, Policy
 from offload.pool import BudgetError, Budgets, MemoryBill, Pool, format_bytes
-from offload.subgroup import FLOAT32_BYTES, Subgroup
+from offload.state_layout import ADAM_FP32, StateKind, StateLayout
+from offload.subgroup import Subgroup
 from offload.timeline import Span, elapsed_s
 from offload.timing import StepTimer, work_of
 
@@ -124,21 +125,23 @@ class Runtime:
 
     # ---- layout and memory
 
-    def add(self, packed: Sequence[Packed], num_state_rows: int) -> list[AdamSubgroup]:
+    def add(self, packed: Sequence[Packed], kind: StateKind = ADAM_FP32) -> list[AdamSubgroup]:
         """Append subgroups, allocate what they need, and plan anew.
 
         Raises:
             BudgetError, PlanError: before anything is allocated or changed.
         """
         options, num_settled = self.options, len(self.subgroups)
+        layouts = [StateLayout(kind, item.numel) for item in packed]
         added = [
             Subgroup(
                 index=num_settled + i,
                 numel=item.numel,
                 param_bytes=item.numel * item.dtype.itemsize,
-                state_bytes=item.numel * num_state_rows * FLOAT32_BYTES,
+                state_bytes=layout.num_bytes,
+                master_in_param=kind.master_in_param,
             )
-            for i, item in enumerate(packed)
+            for i, (item, layout) in enumerate(zip(packed, layouts, strict=True))
         ]
         subgroups = [*self.subgroups, *added]
         homes = settle(
@@ -153,9 +156,9 @@ class Runtime:
         self.synchronize()
         added_actions: list[AdamSubgroup] = []
         try:
-            for subgroup, item in zip(added, packed, strict=True):
-                state = self._new_state(subgroup, homes, num_state_rows)
-                subgroup.actions = AdamSubgroup(item.slices, item.dtype, state, self.accelerator)
+            for subgroup, item, layout in zip(added, packed, layouts, strict=True):
+                state = self._new_state(subgroup, homes, layout)
+                subgroup.actions = AdamSubgroup(item.slices, item.dtype, state, self.accelerator, layout)
                 del state
                 added_actions.append(subgroup.actions)
             self._set_buffers(homes, subgroups)
@@ -174,10 +177,10 @@ class Runtime:
                 self._hooks += watch_gradients(subgroup, [item.param for item in actions.slices], arrived)
         return added_actions
 
-    def _new_state(self, subgroup: Subgroup, homes: Homes, num_rows: int) -> Tensor:
+    def _new_state(self, subgroup: Subgroup, homes: Homes, layout: StateLayout) -> Tensor:
         if subgroup.index in homes.residents:
-            return self.pool.device_state(num_rows, subgroup.numel)
-        return self.pool.host_state(num_rows, subgroup.numel, pinned=subgroup.index in homes.visitors)
+            return self.pool.device_state(*layout.shape, dtype=layout.dtype)
+        return self.pool.host_state(*layout.shape, pinned=subgroup.index in homes.visitors, dtype=layout.dtype)
 
     def _set_buffers(self, homes: Homes, subgroups: Sequence[Subgroup]) -> None:
         streams = [lane.stream for lane in (self.lanes.h2d, self.lanes.d2h) if isinstance(lane, StreamLane)]

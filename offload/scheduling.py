@@ -107,7 +107,7 @@ def _durations(plan: Plan, subgroups: Sequence[Subgroup], rates: Rates) -> Calla
     def seconds_of(kind: OpKind, subgroup: Subgroup) -> float:
         match kind:
             case OpKind.GRAD_DOWN:
-                return rates.copy_latency_s + subgroup.param_bytes / down
+                return rates.copy_latency_s + subgroup.down_bytes / down
             case OpKind.FLUSH:
                 return rates.copy_latency_s + subgroup.state_bytes / down
             case OpKind.UPLOAD:

@@ -7,9 +7,10 @@ checks need.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Hashable
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -21,7 +22,7 @@ FLOAT32_BYTES = 4
 
 @dataclass(slots=True, eq=False)
 class Slot:
-    """A device buffer for the state of one subgroup at a time (flat float32), and when it was last used."""
+    """A device buffer for the state of one subgroup at a time (bytes), and when it was last used."""
 
     index: int
     buffer: Tensor | None = None
@@ -42,6 +43,8 @@ class Staging:
     grad: Tensor | None = None
     param: Tensor | None = None
     uploaded: Event | None = None
+    # Updates of the CPU's kernel over these buffers, by whose they are and where: they go with the buffers.
+    prepared: dict[Hashable, Any] = field(default_factory=dict)
 
     @property
     def grad_name(self) -> tuple[str, int]:
@@ -72,7 +75,8 @@ class Subgroup:
         index: position in the layout; the number in a plan's text.
         numel: parameters in the subgroup.
         param_bytes: bytes of its parameters on the device; its gradient has as many.
-        state_bytes: bytes of its optimizer state (float32, one row each for master, exp_avg, exp_avg_sq, ...).
+        state_bytes: bytes of its optimizer state, in whatever format.
+        master_in_param: whether half of each master is the parameter itself, so that an update on the host needs it.
     """
 
     index: int
@@ -80,6 +84,7 @@ class Subgroup:
     param_bytes: int
     state_bytes: int
     actions: Actions | None = None
+    master_in_param: bool = False
     grad_on_host: Event | None = None
     updated_on_host: Event | None = None
     params_ready: Event | None = None  # of the last step that wrote them
@@ -88,6 +93,16 @@ class Subgroup:
     def sizes_only(self) -> Subgroup:
         """The same sizes without tensors or events."""
         return replace(self, actions=None, grad_on_host=None, updated_on_host=None, params_ready=None, flushed=None)
+
+    @property
+    def down_bytes(self) -> int:
+        """What comes down for an update on the host: gradients, and the parameters where they hold half the master."""
+        return self.param_bytes * (2 if self.master_in_param else 1)
+
+    @property
+    def host_update_bytes(self) -> int:
+        """Host memory read and written by an update there: state in and out, what came down in, parameters out."""
+        return 2 * self.state_bytes + self.down_bytes + self.param_bytes
 
     # Buffers, as the ordering checks name them.
     @property
@@ -107,9 +122,9 @@ class Subgroup:
         return Work(
             f"D{self.index}@{staging.index}",
             partial(self.actions.grad_down, staging) if self.actions else nothing,
-            num_bytes=self.param_bytes,
-            reads=(self.grad_name,),
-            writes=(staging.grad_name,),
+            num_bytes=self.down_bytes,
+            reads=(self.grad_name, self.param_name) if self.master_in_param else (self.grad_name,),
+            writes=(staging.grad_name, staging.param_name) if self.master_in_param else (staging.grad_name,),
         )
 
     def update_cpu(self, staging: Staging) -> Work:
@@ -117,7 +132,7 @@ class Subgroup:
             f"C{self.index}@{staging.index}",
             partial(self.actions.update_cpu, staging) if self.actions else nothing,
             numel=self.numel,
-            host_bytes=2 * (self.state_bytes + self.param_bytes),  # state in and out, gradient in, parameters out
+            host_bytes=self.host_update_bytes,
             reads=(staging.grad_name,),
             writes=(self.state_name, staging.param_name),
         )

@@ -59,7 +59,9 @@ def work_of(spans: Sequence[Span], subgroups: Sequence[Subgroup]) -> dict[str, t
         kind, subgroup = OpKind(span.name[0]), subgroups[int(span.name[1:].split("@")[0])]
         if kind in (OpKind.PREFETCH, OpKind.FLUSH):
             amounts[span.lane] += subgroup.state_bytes
-        elif kind in (OpKind.GRAD_DOWN, OpKind.UPLOAD):
+        elif kind is OpKind.GRAD_DOWN:
+            amounts[span.lane] += subgroup.down_bytes
+        elif kind is OpKind.UPLOAD:
             amounts[span.lane] += subgroup.param_bytes
         else:
             amounts[span.lane] += subgroup.numel

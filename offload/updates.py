@@ -9,25 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from offload.adam import SliceUpdate, flat
-from offload.kernels import AdamScalars
-from offload.masters import MasterTable
+from offload.kernels import Rounding, Scalars
+from offload.masters import MasterTable, ParamHome
+from offload.rules import Rule
 
 GroupedParam = tuple[dict[str, Any], Tensor]
-
-
-def scalars_of(group: Mapping[str, Any], *, step: int, decoupled: bool, grad_scale: float = 1.0) -> AdamScalars:
-    """Scalars of a parameter group at step number ``step``. Raises ValueError for hyper-parameters out of range."""
-    beta1, beta2 = group["betas"]
-    return AdamScalars.at_step(
-        lr=float(group["lr"]),
-        betas=(float(beta1), float(beta2)),
-        eps=group["eps"],
-        weight_decay=group["weight_decay"],
-        step=step,
-        decoupled=decoupled,
-        maximize=group["maximize"],
-        grad_scale=grad_scale,
-    )
 
 
 def updates_by_subgroup(
@@ -35,8 +21,9 @@ def updates_by_subgroup(
     masters: MasterTable,
     state: Mapping[Tensor, Mapping[str, Tensor]],
     *,
-    decoupled: bool,
+    rule: Rule,
     grad_scale: float,
+    rounding_seed: int = 0,
 ) -> dict[int, list[SliceUpdate]]:
     """Updates of one step by subgroup, in the order of ``params``. Changes nothing.
 
@@ -48,19 +35,27 @@ def updates_by_subgroup(
         ValueError: for hyper-parameters that a user edited to values out of range, or after the state was laid out.
     """
     updates: defaultdict[int, list[SliceUpdate]] = defaultdict(list)
-    cached: dict[tuple[int, int], AdamScalars] = {}
+    cached: dict[tuple[int, int], Scalars] = {}
     for group, param in params:
         home = masters[param]
-        if bool(group["amsgrad"]) != home.has_max_exp_avg_sq:
-            raise ValueError(
-                f"amsgrad={group['amsgrad']} in a group that was constructed with amsgrad={home.has_max_exp_avg_sq}: "
-                f"the state was laid out for that; construct a new optimizer to change it"
-            )
+        if rule.moments(group) != home.moments:
+            raise ValueError(_changed_moments(group, home))
         step = 1 + int(state[param]["step"]) if state.get(param) else 1
         key = (id(group), step)
         if key not in cached:
-            cached[key] = scalars_of(group, step=step, decoupled=decoupled, grad_scale=grad_scale)
+            cached[key] = rule.scalars(group, step=step, grad_scale=grad_scale)
         assert param.grad is not None
-        grad = param.grad.detach().reshape(-1)
-        updates[home.subgroup].append(SliceUpdate(home.item, grad, flat(param), cached[key]))
+        grad, rounding = param.grad.detach().reshape(-1), Rounding.at_step(rounding_seed, step, home.item.number)
+        updates[home.subgroup].append(SliceUpdate(home.item, grad, flat(param), cached[key], rounding))
     return dict(updates)
+
+
+def _changed_moments(group: Mapping[str, Any], home: ParamHome) -> str:
+    if "amsgrad" in group:
+        name, value, before = "amsgrad", group["amsgrad"], str("max_second" in home.moments)
+    else:
+        name, value, before = "momentum", group["momentum"], "0" if not home.moments else "more than 0"
+    return (
+        f"{name}={value} in a group that was constructed with {name}={before}: the state was laid out for that; "
+        f"construct a new optimizer to change it"
+    )

@@ -31,7 +31,7 @@ def test_subgroups_cover_the_ranks_parameters() -> None:
 
 
 def test_equal_subgroups() -> None:
-    subgroups = equal_subgroups(10, 4, 2, 12)
+    subgroups = equal_subgroups(10, 4, 2)
     assert [(s.index, s.numel, s.param_bytes, s.state_bytes) for s in subgroups] == [
         (0, 3, 6, 36), (1, 3, 6, 36), (2, 4, 8, 48),
     ]  # fmt: skip

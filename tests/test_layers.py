@@ -19,7 +19,19 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         frozenset,
         (
             {"plan", "kernels", "accelerators", "hardware"},
-            {"lanes", "accounting", "gradients", "meters", "pending", "phase_hooks", "_table"},
+            {
+                "lanes",
+                "accounting",
+                "gradients",
+                "host_memory",
+                "meters",
+                "pending",
+                "phase_hooks",
+                "_table",
+                "state_layout",
+                "state_entries",
+                "rules",
+            },
             {"subgroup", "module_waits", "monitor", "timeline"},
             {"testing", "pool", "policy", "executor", "adam"},
             {"conductor", "early", "homes", "ordering", "layout", "masters", "perf_model"},
@@ -31,6 +43,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
             {"runtime"},
             {"arguments", "explain"},
             {"optimizer", "cli"},
+            {"optimizers"},
             {"__init__"},
         ),
     )

@@ -32,7 +32,7 @@ def build(
 ) -> Runtime:
     """A runtime over one parameter of ones for each subgroup."""
     built = Runtime(torch.device(device), Options(policy, budgets, None, None))
-    built.add(packed_params(built.device, numels), 3)
+    built.add(packed_params(built.device, numels))
     for actions in built.actions:
         actions.state[0].fill_(1.0)
     return built
@@ -109,7 +109,7 @@ def test_staging_buffers_serve_every_dtype() -> None:
     """The largest gradient, in bytes, need not be a whole number of another dtype's elements."""
     built = Runtime(torch.device("cpu"), Options("host", NO_LIMITS, None, None))
     packed = [pack(0, [torch.ones(n, dtype=dtype)], n)[0] for n, dtype in ((5, torch.bfloat16), (2, torch.float32))]
-    built.add(packed, 3)
+    built.add(packed)
     built.step(updates_of(built))
     assert not any(param.eq(1).any() for param in params(built))
 
@@ -173,7 +173,7 @@ def test_nothing_is_allocated_before_the_budgets_are_checked(
         monkeypatch.setattr(Pool, name, lambda *_args, **_kwargs: pytest.fail("allocated"))
     built = Runtime(torch.device("cpu"), Options(policy, budgets, None, None))
     with pytest.raises(BudgetError, match=r"are needed: .*; raise it"):
-        built.add(packed_params(built.device, NUMELS), 3)
+        built.add(packed_params(built.device, NUMELS))
     assert built.subgroups == []
     assert built.actions == []
 
@@ -181,7 +181,7 @@ def test_nothing_is_allocated_before_the_budgets_are_checked(
 def test_plan_for_another_model_is_refused_before_anything_is_allocated() -> None:
     built = Runtime(torch.device("cpu"), Options(Plan.parse("D0@0 C0@0 U0@0"), Budgets(), None, None))
     with pytest.raises(PlanError, match=r"subgroups \[1, 2, 3\] are never updated"):
-        built.add(packed_params(built.device, NUMELS), 3)
+        built.add(packed_params(built.device, NUMELS))
     assert built.subgroups == []
     assert built.pool.stagings == []
 
@@ -191,7 +191,7 @@ def test_failed_addition_leaves_the_runtime_as_it_was() -> None:
     built = build("host", budgets=budget)
     plan, bill = built.plan, built.bill
     with pytest.raises(BudgetError):
-        built.add(packed_params(built.device, [16]), 3)
+        built.add(packed_params(built.device, [16]))
     assert (len(built.subgroups), built.plan, built.bill) == (4, plan, bill)
     built.step(updates_of(built))
     assert torch.equal(params(built)[0], expected(1024))
@@ -202,7 +202,7 @@ def test_allocation_that_fails_half_way_leaves_the_runtime_as_it_was(monkeypatch
     states = iter([torch.zeros(3, 8)])
     monkeypatch.setattr(built.pool, "host_state", lambda *_args, **_kwargs: next(states))
     with pytest.raises(StopIteration):
-        built.add(packed_params(built.device, [8, 8]), 3)
+        built.add(packed_params(built.device, [8, 8]))
     assert len(built.actions) == len(built.subgroups) == 4
     built.step(updates_of(built))
     assert torch.equal(params(built)[0], expected(1024))
@@ -211,7 +211,7 @@ def test_allocation_that_fails_half_way_leaves_the_runtime_as_it_was(monkeypatch
 def test_subgroups_that_join_later_are_stepped(sim: ModuleType) -> None:
     built = build("auto", "sim:0")
     built.step(updates_of(built))
-    (added,) = built.add(packed_params(built.device, [4096]), 3)
+    (added,) = built.add(packed_params(built.device, [4096]))
     added.state[0].fill_(1.0)
     assert built.actions[-1] is added
     assert len(built.plan.placements) == 5
@@ -236,7 +236,7 @@ def test_nothing_is_in_flight_when_buffers_are_replaced(sim: ModuleType, monkeyp
 
     monkeypatch.setattr(built.pool, "set_stagings", overwrite_and_replace)
     built.step(updates_of(built))
-    built.add(packed_params(built.device, [1024]), 3)
+    built.add(packed_params(built.device, [1024]))
     for param in params(built)[:-1]:
         assert torch.equal(param, expected(param.numel()))
 
@@ -333,12 +333,10 @@ def failing_on(actions_method: str, monkeypatch: pytest.MonkeyPatch) -> Callable
         raise ArithmeticError("injected")
 
     def with_failing_kernel(self: AdamSubgroup, *args: object) -> None:
-        real = adam.adam_step
-        adam.adam_step = explode
-        try:
+        with monkeypatch.context() as patch:
+            patch.setattr(adam, "update", explode)
+            patch.setattr(adam.PreparedUpdate, "__call__", explode)
             original(self, *args)
-        finally:
-            adam.adam_step = real
 
     monkeypatch.setattr(AdamSubgroup, actions_method, with_failing_kernel)
     return lambda: monkeypatch.setattr(AdamSubgroup, actions_method, original)

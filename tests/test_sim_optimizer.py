@@ -410,7 +410,8 @@ def test_an_error_inside_a_lane_surfaces_and_breaks_the_optimizer(
         raise ArithmeticError("the kernel gave up")
 
     with monkeypatch.context() as patch:
-        patch.setattr("offload.adam.adam_step", fail)
+        patch.setattr("offload.adam.update", fail)
+        patch.setattr("offload.adam.PreparedUpdate.__call__", fail)
         with pytest.raises(ArithmeticError, match="the kernel gave up") as caught:
             optimizer.step()
     assert operation in [entry.name for entry in caught.traceback]
@@ -426,7 +427,8 @@ def test_a_broken_optimizer_gives_its_memory_back(sim: ModuleType, plan: str, mo
 
     def train_and_fail() -> None:
         model, optimizer = on_sim(plan)
-        monkeypatch.setattr("offload.adam.adam_step", None)
+        monkeypatch.setattr("offload.adam.update", None)
+        monkeypatch.setattr("offload.adam.PreparedUpdate", None)
         with pytest.raises(TypeError):
             train(model, optimizer)
 

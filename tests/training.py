@@ -93,7 +93,8 @@ def state_snapshot(optimizer: torch.optim.Optimizer) -> dict[tuple[object, str],
 
 
 def bits(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous().view(torch.int32 if tensor.itemsize == 4 else torch.int16)
+    integer = {4: torch.int32, 2: torch.int16, 1: torch.int8}[tensor.itemsize]
+    return tensor.detach().cpu().contiguous().view(integer)
 
 
 def assert_same_bits(actual: object, expected: object, where: str = "") -> None:

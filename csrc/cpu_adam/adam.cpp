@@ -1,17 +1,19 @@
-// The Adam update on the CPU: one translation unit, a plain C ABI, no torch and no Python headers.
+// The optimizer update on the CPU: one translation unit, a plain C ABI, no torch and no Python headers.
 //
 // The binary is portable: each instruction set has a target region of its own, chosen at run time. The standard
 // headers come first, so that none of their inline code is compiled for more than the baseline. Built with
 // -ffp-contract=off, repeated below for compilers that read it: GCC contracts intrinsics too, and then the bits
 // depend on the compiler.
 #include <algorithm>
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
+#include "affinity.h"
 #include "formats.h"
 #include "scalars.h"
-#include "thread_pool.h"
+#include "shares.h"
+#include "state.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -29,19 +31,11 @@
 namespace offload {
 namespace {
 
-struct Buffers {
-  float* master;
-  float* exp_avg;
-  float* exp_avg_sq;
-  float* max_exp_avg_sq;  // null without amsgrad
-  const void* grad;
-  void* param_out;  // null without a parameter copy
-};
-
-using RangeFn = void (*)(const Buffers&, size_t begin, size_t end, const AdamScalars&);
+using RangeFn = void (*)(const Buffers&, size_t begin, size_t end, const void* scalars);
 
 namespace scalar {
 #include "kernel.inl"
+#include "stream.inl"
 }  // namespace scalar
 
 #if defined(__x86_64__)
@@ -55,6 +49,7 @@ namespace scalar {
 namespace avx2 {
 #define OFFLOAD_VECTOR_LANE "lane_avx2.inl"
 #include "kernel.inl"
+#include "stream.inl"
 #undef OFFLOAD_VECTOR_LANE
 }  // namespace avx2
 #if defined(__clang__)
@@ -73,6 +68,7 @@ namespace avx2 {
 namespace avx512 {
 #define OFFLOAD_VECTOR_LANE "lane_avx512.inl"
 #include "kernel.inl"
+#include "stream.inl"
 #undef OFFLOAD_VECTOR_LANE
 }  // namespace avx512
 #if defined(__clang__)
@@ -99,12 +95,22 @@ bool IsSupported(Isa isa) {
   return isa == Isa::kScalar;
 }
 
-RangeFn Select(Isa isa, Format grad, Format out) {
+RangeFn Select(Isa isa, RuleKind rule, const Buffers& buffers) {
 #if defined(__x86_64__)
-  if (isa == Isa::kAvx512) return avx512::Select(grad, out);
-  if (isa == Isa::kAvx2) return avx2::Select(grad, out);
+  if (isa == Isa::kAvx512) return avx512::Select(rule, buffers);
+  if (isa == Isa::kAvx2) return avx2::Select(rule, buffers);
 #endif
-  return scalar::Select(grad, out);
+  return scalar::Select(rule, buffers);
+}
+
+using StreamFn = void (*)(const Buffers&, size_t begin, size_t end);
+
+StreamFn SelectStream(Isa isa) {
+#if defined(__x86_64__)
+  if (isa == Isa::kAvx512) return avx512::StreamRange;
+  if (isa == Isa::kAvx2) return avx2::StreamRange;
+#endif
+  return scalar::StreamRange;
 }
 
 // Round to nearest, denormals kept, exceptions masked; what the thread had before comes back at the end. The control
@@ -123,39 +129,76 @@ class IeeeArithmetic {
 }  // namespace
 }  // namespace offload
 
-// Raised with every change of a signature or of AdamScalars below; offload/kernels/native.py refuses another.
-OFFLOAD_EXPORT int offload_adam_abi_version() { return 1; }
+// Raised with every change of a signature or of a struct of scalars; offload/kernels/native.py refuses another.
+OFFLOAD_EXPORT int offload_adam_abi_version() { return 2; }
 
 // isa: 0 scalar, 1 AVX2, 2 AVX-512. Whether this processor (and operating system) runs it.
 OFFLOAD_EXPORT int offload_adam_supports(int isa) { return offload::IsSupported(static_cast<offload::Isa>(isa)); }
 
-// One step over numel elements, in place. Formats: -1 none (param_out only), 0 fp32, 1 bfloat16, 2 fp16. Buffers
-// don't overlap; alignment is that of their element. Work is handed out in chunks of chunk_numel elements (> 0) to at
-// most num_threads threads, the caller included. Returns 0, or -1 for an isa or format that isn't known here.
-OFFLOAD_EXPORT int offload_adam_step(int isa, float* master, float* exp_avg, float* exp_avg_sq, float* max_exp_avg_sq,
-                                     const void* grad, int grad_format, void* param_out, int param_out_format,
-                                     size_t numel, const offload::AdamScalars* scalars, int num_threads,
-                                     size_t chunk_numel) {
+// One step over numel elements, in place. rule: 0 Adam, 1 Lion, 2 Adagrad, 3 SGD; scalars point at the struct of that
+// name in scalars.h. state_format: 0 fp32, 1 split16, 2 bf16, 3 int8; state.h says what the state's buffers then are.
+// Formats of grad and param: -1 none (param only), 0 fp32, 1 bfloat16, 2 fp16. Buffers don't overlap; alignment is
+// that of their element. Work is handed out in chunks of chunk_numel elements (> 0, outside fp32 Adam a multiple of
+// 128) to at most num_threads threads, the caller included. Returns 0, or -1 for what isn't known here.
+OFFLOAD_EXPORT int offload_update(int isa, int rule, int state_format, void* master, void* first, void* second,
+                                  float* max_second, float* first_scale, float* second_scale, const void* grad,
+                                  int grad_format, void* param, int param_format, size_t numel, const void* scalars,
+                                  uint32_t key0, uint32_t key1, uint32_t first_index, int num_threads,
+                                  size_t chunk_numel) {
   using namespace offload;
   if (!IsSupported(static_cast<Isa>(isa)) || chunk_numel == 0) return -1;
-  const RangeFn update =
-      Select(static_cast<Isa>(isa), static_cast<Format>(grad_format), static_cast<Format>(param_out_format));
+  const Buffers buffers{static_cast<StateFormat>(state_format),
+                        master,
+                        first,
+                        second,
+                        max_second,
+                        first_scale,
+                        second_scale,
+                        grad,
+                        static_cast<Format>(grad_format),
+                        param,
+                        static_cast<Format>(param_format),
+                        Rounding{key0, key1, first_index}};
+  const RangeFn update = Select(static_cast<Isa>(isa), static_cast<RuleKind>(rule), buffers);
   if (update == nullptr) return -1;
-  const Buffers buffers{master, exp_avg, exp_avg_sq, max_exp_avg_sq, grad, param_out};
-  const size_t num_chunks = numel / chunk_numel + (numel % chunk_numel != 0);
-  std::atomic<size_t> next_chunk{0};
-  const ThreadPool::Task work = [&] {
+  ForRanges(numel, chunk_numel, num_threads, [&](size_t begin, size_t end) {
     const IeeeArithmetic arithmetic;
-    for (size_t c; (c = next_chunk.fetch_add(1, std::memory_order_relaxed)) < num_chunks;) {
-      const size_t begin = c * chunk_numel;
-      update(buffers, begin, begin + std::min(chunk_numel, numel - begin), *scalars);
-    }
-  };
-  const size_t num_useful = std::min(static_cast<size_t>(std::max(num_threads, 1)), num_chunks);
-  if (num_useful <= 1) {
-    work();
-  } else {
-    ThreadPool::OfThisProcess().Run(static_cast<int>(num_useful) - 1, work);
-  }
+    update(buffers, begin, end, scalars);
+  });
   return 0;
+}
+
+// A pass over the same memory as a step over fp32 gradients without a parameter copy, that computes next to nothing:
+// what the machine's memory allows. It changes the three arrays by a few last bits. Returns 0, or -1 as above.
+OFFLOAD_EXPORT int offload_adam_stream(int isa, float* master, float* exp_avg, float* exp_avg_sq, const float* grad,
+                                       size_t numel, int num_threads, size_t chunk_numel) {
+  using namespace offload;
+  if (!IsSupported(static_cast<Isa>(isa)) || chunk_numel == 0) return -1;
+  const Buffers buffers{StateFormat::kFloat32, master,  exp_avg,       exp_avg_sq, nullptr, nullptr, nullptr, grad,
+                        Format::kFloat32,      nullptr, Format::kNone, Rounding{}};
+  const StreamFn stream = SelectStream(static_cast<Isa>(isa));
+  ForRanges(numel, chunk_numel, num_threads, [&](size_t begin, size_t end) { stream(buffers, begin, end); });
+  return 0;
+}
+
+// Zeros, each page written first by the thread that will update it: with the same number of elements, chunk_bytes for
+// chunk_numel of them, and num_threads, the shares are those of offload_update.
+OFFLOAD_EXPORT void offload_zero(char* memory, size_t num_bytes, int num_threads, size_t chunk_bytes) {
+  offload::ForRanges(num_bytes, chunk_bytes, num_threads,
+                     [&](size_t begin, size_t end) { std::memset(memory + begin, 0, end - begin); });
+}
+
+// From the next call on, thread s of an update runs on processor cpus[s % num_cpus]; with num_cpus 0 wherever it may.
+// Returns 0, or -1 if a number is out of the system's range or this system can't bind threads.
+OFFLOAD_EXPORT int offload_bind_threads(const int* cpus, int num_cpus) {
+#if defined(__linux__)
+  for (int i = 0; i < num_cpus; ++i) {
+    if (cpus[i] < 0 || cpus[i] >= CPU_SETSIZE) return -1;
+  }
+  const offload::CpuList* chosen = num_cpus > 0 ? new offload::CpuList(cpus, cpus + num_cpus) : nullptr;
+  offload::ChosenCpus().store(chosen, std::memory_order_release);
+  return 0;
+#else
+  return num_cpus > 0 ? -1 : 0;
+#endif
 }

@@ -16,6 +16,10 @@ struct VectorLane {
   static OFFLOAD_INLINE Vec Max(Vec a, Vec b) {  // or-ing with the all-ones mask of unordered lanes makes them NaN
     return _mm256_or_ps(_mm256_max_ps(a, b), _mm256_cmp_ps(a, b, _CMP_UNORD_Q));
   }
+  static OFFLOAD_INLINE Vec Sign(Vec x) {
+    const Vec one = _mm256_or_ps(_mm256_and_ps(x, _mm256_set1_ps(-0.0f)), _mm256_set1_ps(1.0f));
+    return _mm256_blendv_ps(x, one, _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_NEQ_OQ));
+  }
 
   static OFFLOAD_INLINE Vec LoadBFloat16(const uint16_t* a) {
     const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(a));

@@ -16,6 +16,10 @@ struct VectorLane {
   static OFFLOAD_INLINE Vec Max(Vec a, Vec b) {  // a + b is NaN in the unordered lanes
     return _mm512_mask_add_ps(_mm512_max_ps(a, b), _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q), a, b);
   }
+  static OFFLOAD_INLINE Vec Sign(Vec x) {
+    const Vec one = _mm512_or_ps(_mm512_and_ps(x, _mm512_set1_ps(-0.0f)), _mm512_set1_ps(1.0f));
+    return _mm512_mask_mov_ps(x, _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_NEQ_OQ), one);
+  }
 
   static OFFLOAD_INLINE Vec LoadBFloat16(const uint16_t* a) {
     const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a));

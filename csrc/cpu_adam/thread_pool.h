@@ -8,16 +8,19 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <cstdint>
 #include <functional>
 #include <mutex>
 #include <system_error>
 #include <thread>
 
+#include "affinity.h"
+
 namespace offload {
 
 class ThreadPool {
  public:
-  using Task = std::function<void()>;
+  using Task = std::function<void(int seat)>;
 
   // The pool of this process. Threads don't survive fork(), so a child gets a pool of its own; the parent's object,
   // whose locks may have been held at the fork, is left alone. Never destroyed either: at process exit its workers
@@ -33,22 +36,28 @@ class ThreadPool {
     return *pool;
   }
 
-  // Runs the task on the calling thread and on up to num_helpers workers at once; returns when all of them have
-  // returned. The task shares out its own work, so correctness never depends on how many helpers turn up: a second
-  // caller, who finds the pool taken, works alone.
+  // Runs the task on the calling thread, which has seat 0, and on up to num_helpers workers at once, which have seats 1
+  // to num_helpers, always the same worker in the same seat; returns when all of them have returned. The task shares
+  // out its own work, so correctness never depends on how many helpers turn up: a second caller, who finds the pool
+  // taken, works alone.
   void Run(int num_helpers, const Task& task) {
     std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
-    if (!turn.owns_lock() || num_helpers <= 0) return task();
+    if (!turn.owns_lock() || num_helpers <= 0) return task(0);
     {
       std::lock_guard<std::mutex> lock(mutex_);
       Grow(num_helpers);
       task_ = &task;
-      num_free_seats_ = num_helpers;
+      num_open_seats_ = num_helpers;
+      ++round_;
     }
     wake_.notify_all();
-    task();
+    {
+      ThreadAffinity affinity;  // only now: new workers inherit the caller's
+      affinity.Follow(0);
+      task(0);
+    }
     std::unique_lock<std::mutex> lock(mutex_);
-    num_free_seats_ = 0;  // a worker that wakes only now stays out: the caller is about to leave
+    num_open_seats_ = 0;  // a worker that wakes only now stays out: the caller is about to leave
     idle_.wait(lock, [this] { return num_running_ == 0; });
     task_ = nullptr;
   }
@@ -63,22 +72,30 @@ class ThreadPool {
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &previous);
     try {
-      for (; num_workers_ < num_helpers; ++num_workers_) std::thread([this] { Work(); }).detach();
+      for (; num_workers_ < num_helpers; ++num_workers_) {
+        std::thread([this, seat = num_workers_ + 1] { Work(seat); }).detach();
+      }
     } catch (const std::system_error&) {
       // No more threads to be had: those that exist, and the caller, do the work.
     }
     pthread_sigmask(SIG_SETMASK, &previous, nullptr);
   }
 
-  void Work() {
+  void Work(int seat) {
+#if defined(__linux__)
+    pthread_setname_np(pthread_self(), "offload-update");
+#endif
+    ThreadAffinity affinity;
+    uint64_t last_round = 0;
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
-      wake_.wait(lock, [this] { return num_free_seats_ > 0; });
-      --num_free_seats_;
+      wake_.wait(lock, [&] { return seat <= num_open_seats_ && round_ != last_round; });
+      last_round = round_;
       ++num_running_;
       const Task* task = task_;
       lock.unlock();
-      (*task)();
+      affinity.Follow(seat);
+      (*task)(seat);
       lock.lock();
       if (--num_running_ == 0) idle_.notify_one();
     }
@@ -89,8 +106,9 @@ class ThreadPool {
   std::mutex mutex_;  // guards all below
   std::condition_variable wake_, idle_;
   const Task* task_ = nullptr;
+  uint64_t round_ = 0;  // of tasks: nobody takes the same one twice
   int num_workers_ = 0;
-  int num_free_seats_ = 0;
+  int num_open_seats_ = 0;
   int num_running_ = 0;
 };
 

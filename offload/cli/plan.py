@@ -8,7 +8,8 @@ import json
 from offload._table import format_table
 from offload.cli.options import add_hardware, add_output, model_cost
 from offload.hardware import HardwareProfile
-from offload.jobs import STATE_BYTES, JobPlan, TrainingJob, plan_job
+from offload.jobs import JobPlan, TrainingJob, plan_job
+from offload.kernels import STATE_FORMATS
 from offload.pool import Budgets, format_bytes, parse_bytes
 from offload.timeline import draw, write_chrome_trace
 
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--micro-batch", type=int, default=1, help="sequences of one rank and step (default 1)")
     parser.add_argument("--seq", type=int, default=2048, help="tokens of a sequence (default 2048)")
     parser.add_argument("--no-recompute", action="store_true", help="keep all activations (shapes only)")
-    parser.add_argument("--state-format", default="fp32", help=f"optimizer state: {', '.join(STATE_BYTES)}")
+    parser.add_argument("--state-format", default="fp32", help=f"optimizer state: {', '.join(STATE_FORMATS)}")
     parser.add_argument("--subgroup-numel", type=int, help="parameters in a subgroup")
     parser.add_argument("--num-slots", type=int, help="device buffers for visiting states")
     for kind in ("device", "host", "pinned"):

@@ -10,9 +10,9 @@ from typing import Any
 from offload.bounds import plan_bound
 from offload.cli.options import add_hardware, add_output
 from offload.hardware import HardwareProfile
-from offload.jobs import STATE_BYTES
 from offload.perf_model import Rates, predict
 from offload.plan import Placement, Plan
+from offload.state_layout import ADAM_FP32, StateKind, StateLayout
 from offload.subgroup import Subgroup
 from offload.timeline import describe, draw, write_chrome_trace
 
@@ -61,13 +61,17 @@ def read_plan(plan: str, subgroup_numel: int | None) -> tuple[Plan, list[Subgrou
         content: Any = json.loads(path.read_text(encoding="utf-8"))
         try:
             sizes, text = content["plan"]["subgroups"], content["plan"]["text"]
-            subgroups = [Subgroup(i, n, param, state) for i, (n, param, state) in enumerate(sizes)]
-            return Plan.parse(text), subgroups, content["state_format"]
+            kind = StateKind(content["state_format"])
+            subgroups = [
+                Subgroup(i, n, param, state, master_in_param=kind.master_in_param)
+                for i, (n, param, state) in enumerate(sizes)
+            ]
+            return Plan.parse(text), subgroups, kind.format
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not what `offload plan --json` writes: {error!r} is missing") from error
     parsed = Plan.parse(plan)
     if subgroup_numel is None:
         raise ValueError("a plan given as text needs --subgroup-numel, the parameters of each of its subgroups")
-    numel, state_bytes = subgroup_numel, STATE_BYTES["fp32"]
+    numel, state_bytes = subgroup_numel, StateLayout(ADAM_FP32, subgroup_numel).num_bytes
     num = max(parsed.placements, default=-1) + 1
-    return parsed, [Subgroup(i, numel, 2 * numel, state_bytes * numel) for i in range(num)], "fp32"
+    return parsed, [Subgroup(i, numel, 2 * numel, state_bytes) for i in range(num)], "fp32"

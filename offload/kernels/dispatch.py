@@ -1,4 +1,4 @@
-"""adam_step: checks its arguments, then calls the implementation that serves their device."""
+"""update: checks its arguments, then calls the implementation that serves their device. adam_step: Adam over fp32."""
 
 from __future__ import annotations
 
@@ -8,11 +8,64 @@ import torch
 from torch import Tensor
 
 from offload.kernels import native, threads, torch_reference
-from offload.kernels.scalars import AdamScalars
+from offload.kernels.scalars import AdamScalars, Scalars
 from offload.kernels.selection import available_implementations, default_implementation, is_available, runs_host_kernels
+from offload.kernels.state import Rounding, State, check_state_format, num_blocks, row_dtypes
 
-_STATE = (torch.float32,)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+NO_ROUNDING = Rounding()
+# The moments of each rule: which fields of State it must have, and which it may have.
+_MOMENTS = {
+    "adam": ({"first", "second"}, {"max_second"}),
+    "lion": ({"first"}, set()),
+    "adagrad": ({"second"}, set()),
+    "sgd": (set(), {"first"}),
+}
+
+
+def update(
+    state: State,
+    grad: Tensor,
+    param: Tensor | None = None,
+    *,
+    scalars: Scalars,
+    rounding: Rounding = NO_ROUNDING,
+    implementation: str | None = None,
+    num_threads: int | None = None,
+) -> None:
+    """One step of the rule that ``scalars`` belong to, in place; the same bits from every implementation and any number
+    of threads.
+
+    All tensors are 1-D, contiguous, of equal numel (0 included; scales: one a block), on one device, and don't overlap;
+    no alignment is needed beyond the element's. docs/numerics.md has the formulas, the formats and the error bounds.
+
+    Args:
+        state: updated.
+        grad: fp32, bfloat16 or fp16 gradient, only read: it is widened, scaled and negated in registers.
+        param: fp32, bfloat16 or fp16; gets the master rounded to nearest even, NaN as NaN, in the same pass. With
+            state in another format than fp32: bfloat16, required, and read first, as the master's upper half.
+        scalars: the step's scalars.
+        rounding: random bits for the moments in formats bf16 and int8; without use in the others.
+        implementation: one of :func:`available_implementations` of the device; None: :func:`default_implementation`.
+        num_threads: for CPU tensors, at most this many threads; None: :func:`offload.kernels.num_threads`. Below 2**20
+            elements the calling thread works alone.
+
+    On an accelerator the step is enqueued on the current stream.
+
+    Raises TypeError for anything but tensors of these dtypes, ValueError for formats, shapes, devices, memory or names
+    that don't fit; nothing has been written then.
+    """
+    check_arguments(state, grad, param, scalars.rule)
+    device_type = state.master.device.type
+    name = resolve_implementation(implementation, device_type)
+    thread_count = resolve_threads(num_threads, state.numel)
+    if runs_host_kernels(device_type) and not is_plain_cpu(state.master):
+        from offload.kernels import op
+
+        op.update(state, grad, param, scalars, rounding, name, thread_count)
+    else:
+        run(name, state, grad, param, scalars, rounding, thread_count)
+    torch.autograd.graph.increment_version(written_by(state, param))
 
 
 def adam_step(
@@ -27,70 +80,27 @@ def adam_step(
     implementation: str | None = None,
     num_threads: int | None = None,
 ) -> None:
-    """One Adam or AdamW step, in place, the same bits from every implementation and any number of threads.
+    """:func:`update` of Adam or AdamW over fp32 state; ``max_exp_avg_sq`` means amsgrad.
 
-    All tensors are 1-D, contiguous, of equal numel (0 included), on one device, and don't overlap; no alignment is
-    needed beyond the element's. Element by element the result is that of ``torch._fused_adamw_`` or ``_fused_adam_``
-    on the CPU (docs/numerics.md has the formula and the error bounds).
-
-    Args:
-        master: fp32 parameters, updated.
-        exp_avg: fp32 first moment, updated.
-        exp_avg_sq: fp32 second moment, updated.
-        grad: fp32, bfloat16 or fp16 gradient, only read: it is widened, scaled and negated in registers.
-        param_out: fp32, bfloat16 or fp16; gets ``master`` rounded to nearest even, NaN as NaN, in the same pass.
-        max_exp_avg_sq: fp32 running maximum of the second moment, updated; giving it means amsgrad.
-        scalars: the step's scalars, from :meth:`AdamScalars.at_step`.
-        implementation: one of :func:`available_implementations` of the device; None: :func:`default_implementation`.
-        num_threads: for CPU tensors, at most this many threads; None: :func:`offload.kernels.num_threads`. Below 2**20
-            elements the calling thread works alone.
-
-    On an accelerator the step is enqueued on the current stream.
-
-    Raises TypeError for anything but tensors of these dtypes, ValueError for shapes, devices, memory or names that
-    don't fit; nothing has been written then.
+    Element by element the result is that of ``torch._fused_adamw_`` or ``_fused_adam_`` on the CPU.
     """
-    written = {
-        "master": master,
-        "exp_avg": exp_avg,
-        "exp_avg_sq": exp_avg_sq,
-        "param_out": param_out,
-        "max_exp_avg_sq": max_exp_avg_sq,
-    }
-    present = {name: tensor for name, tensor in {**written, "grad": grad}.items() if tensor is not None}
-    _check_tensors(present)
-    device_type = master.device.type
-    name = _resolve(implementation, device_type)
-    thread_count = _resolve_threads(num_threads, master.numel())
-    arguments = (master, exp_avg, exp_avg_sq, grad, param_out, max_exp_avg_sq)
-    is_plain = type(master) in (Tensor, torch.nn.Parameter)
-    if runs_host_kernels(device_type) and (device_type != "cpu" or not is_plain):
-        from offload.kernels import op
-
-        op.adam_step(*arguments, scalars, name, thread_count)
-    else:
-        _check_no_overlap(present)
-        run(name, *arguments, scalars, thread_count)
-    # Kernels write through pointers, and the operator has no autograd kernel: autograd has to be told, as it would be
-    # of an in-place operation.
-    torch.autograd.graph.increment_version([tensor for tensor in written.values() if tensor is not None])
+    state = State("fp32", master, exp_avg, exp_avg_sq, max_exp_avg_sq)
+    update(state, grad, param_out, scalars=scalars, implementation=implementation, num_threads=num_threads)
 
 
 def run(
     implementation: str,
-    master: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
+    state: State,
     grad: Tensor,
-    param_out: Tensor | None,
-    max_exp_avg_sq: Tensor | None,
-    scalars: AdamScalars,
+    param: Tensor | None,
+    scalars: Scalars,
+    rounding: Rounding,
     num_threads: int,
 ) -> None:
     """One step over checked tensors by a named implementation that serves their device."""
-    if master.numel() == 0:
+    if state.numel == 0:
         return
-    arguments = (master, exp_avg, exp_avg_sq, grad, param_out, max_exp_avg_sq, scalars)
+    arguments = (state, grad, param, scalars, rounding)
     if implementation == "torch":
         torch_reference.step(*arguments)
     elif implementation == "numba":
@@ -107,7 +117,12 @@ def run(
         kernel.step(implementation, *arguments, num_threads)
 
 
-def _resolve(implementation: str | None, device_type: str) -> str:
+def is_plain_cpu(tensor: Tensor) -> bool:
+    """Whether a tensor's memory may be handed to a kernel: it isn't fake, nor a subclass that wraps another."""
+    return tensor.device.type == "cpu" and type(tensor) in (Tensor, torch.nn.Parameter)
+
+
+def resolve_implementation(implementation: str | None, device_type: str) -> str:
     if implementation is None:
         return default_implementation(device_type)
     if not is_available(implementation, device_type):
@@ -118,7 +133,7 @@ def _resolve(implementation: str | None, device_type: str) -> str:
     return implementation
 
 
-def _resolve_threads(num_threads: int | None, numel: int) -> int:
+def resolve_threads(num_threads: int | None, numel: int) -> int:
     if num_threads is not None and num_threads < 1:
         raise ValueError(f"num_threads must be at least 1, not {num_threads!r} (None for the default)")
     if numel < threads.MIN_PARALLEL_NUMEL:
@@ -126,23 +141,77 @@ def _resolve_threads(num_threads: int | None, numel: int) -> int:
     return threads.num_threads() if num_threads is None else num_threads
 
 
-def _check_tensors(tensors: dict[str, Tensor]) -> None:
+def check_arguments(state: State, grad: Tensor, param: Tensor | None, rule: str) -> None:
+    """Raise what :func:`update` raises for tensors that don't fit."""
+    present = _present(state, grad, param)
+    _check_fields(state, param, rule)
+    _check_tensors(present, state)
+    if is_plain_cpu(state.master) or not runs_host_kernels(state.master.device.type):
+        _check_no_overlap(present)
+
+
+def written_by(state: State, param: Tensor | None) -> list[Tensor]:
+    """What an update writes: autograd has to be told. Kernels write through pointers, and the operator has no autograd
+    kernel, so autograd doesn't see it as it sees an in-place operation.
+    """
+    tensors = [tensor for _, tensor in state.items()]
+    return tensors if param is None else [*tensors, param]
+
+
+# In fp32 Adam's tensors are known by the names that adam_step and torch give them.
+_ADAM_NAMES = {"first": "exp_avg", "second": "exp_avg_sq", "max_second": "max_exp_avg_sq"}
+
+
+def _present(state: State, grad: Tensor, param: Tensor | None) -> dict[str, Tensor]:
+    tensors = {_ADAM_NAMES.get(name, name): tensor for name, tensor in state.items()}
+    tensors["grad"] = grad
+    if param is not None:
+        tensors["param_out"] = param
+    return tensors
+
+
+def _check_fields(state: State, param: Tensor | None, rule: str) -> None:
+    check_state_format(state.format)
+    required, optional = _MOMENTS[rule]
+    present = {name for name, _ in state.items()} - {"master"}
+    if state.format == "int8":
+        required = required | {f"{name}_scale" for name in required}
+        optional = {f"{name}_scale" for name in optional & present} | optional - {"max_second"}
+    elif state.format == "bf16":
+        optional = optional - {"max_second"}
+    if not required <= present <= required | optional:
+        raise ValueError(
+            f"rule {rule!r} with state_format={state.format!r} keeps {sorted(required)}"
+            f"{f' and may keep {sorted(optional)}' if optional else ''}, not {sorted(present)}"
+        )
+    if state.is_compact and (param is None or param.dtype != torch.bfloat16):
+        raise ValueError(
+            f"state_format={state.format!r} keeps half of the master in a bfloat16 parameter, not in "
+            f"{None if param is None else param.dtype}; use bfloat16 parameters, or state_format='fp32'"
+        )
+
+
+def _check_tensors(tensors: dict[str, Tensor], state: State) -> None:
+    dtypes = {_ADAM_NAMES.get(name, name): (dtype,) for name, dtype in row_dtypes(state.format).items()}
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
-        accepted = _FLOATS if name in ("grad", "param_out") else _STATE
+        accepted = dtypes.get(name, _FLOATS)
         if tensor.dtype not in accepted:
             raise TypeError(f"{name} must be of {' or '.join(map(str, accepted))}, not {tensor.dtype}")
         if tensor.layout != torch.strided:
             raise TypeError(f"{name} must be a dense tensor, not of layout {tensor.layout}; try {name}.to_dense()")
-    master = tensors["master"]
+    master = state.master
     for name, tensor in tensors.items():
         if tensor.dim() != 1:
             raise ValueError(f"{name} must be 1-D, not of shape {tuple(tensor.shape)}; pass {name}.view(-1)")
         if not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous, not of stride {tensor.stride(0)}")
-        if tensor.numel() != master.numel():
-            raise ValueError(f"{name} has {tensor.numel()} elements, master {master.numel()}: they must be equal")
+        wanted = num_blocks(master.numel()) if name.endswith("_scale") else master.numel()
+        if tensor.numel() != wanted:
+            if name.endswith("_scale"):
+                raise ValueError(f"{name} has {tensor.numel()} elements, not {wanted}, one a block")
+            raise ValueError(f"{name} has {tensor.numel()} elements, master {wanted}: they must be equal")
         if tensor.device != master.device:
             raise ValueError(f"{name} is on {tensor.device}, master on {master.device}: they must be on one device")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+from collections.abc import Callable
+from dataclasses import astuple, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,39 +14,48 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offload.kernels import affinity
 from offload.kernels.arithmetic import denormals_kept
-from offload.kernels.scalars import AdamScalars
+from offload.kernels.rules import RULES
+from offload.kernels.scalars import Scalars
 from offload.kernels.self_test import agree
+from offload.kernels.state import BLOCK_NUMEL, STATE_FORMATS, Rounding, State
 
 logger = logging.getLogger(__name__)
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_cpu_adam.so"
-ABI_VERSION = 1  # offload_adam_abi_version() of csrc/cpu_adam/adam.cpp
+ABI_VERSION = 2  # offload_adam_abi_version() of csrc/cpu_adam/adam.cpp
 ISA_CODES = {"avx512": 2, "avx2": 1, "scalar": 0}  # best first
+RULE_CODES = {"adam": 0, "lion": 1, "adagrad": 2, "sgd": 3}
+STATE_CODES = {name: code for code, name in enumerate(STATE_FORMATS)}
 FORMAT_CODES = {None: -1, torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-# Elements handed to a thread at a time. A multiple of the kernel's block of 64, so that no chunk but the last has a
-# scalar tail and streaming stores stay aligned; small enough to share out evenly.
+# Elements handed to a thread at a time. A multiple of the kernel's blocks, so that no chunk but the last has a scalar
+# tail and streaming stores stay aligned; small enough to share out evenly.
 CHUNK_NUMEL = 1 << 16
 
 
-class _Scalars(ctypes.Structure):
-    """csrc/cpu_adam/scalars.h, whose fields are those of :class:`AdamScalars`, in order."""
+def _struct(scalars: type[Scalars]) -> type[ctypes.Structure]:
+    """The struct of csrc/cpu_adam/scalars.h with the fields of a scalars class, in order."""
+    layout = [(field.name, ctypes.c_int32 if field.type == "bool" else ctypes.c_float) for field in fields(scalars)]
+    return type(scalars.__name__, (ctypes.Structure,), {"_fields_": layout})
 
-    _fields_ = [
-        *((name, ctypes.c_float) for name in AdamScalars.__slots__[:-1]),
-        ("lerp_from_grad", ctypes.c_int32),
-    ]
+
+_STRUCTS = {name: _struct(scalars) for name, scalars in RULES.items()}
 
 
 @functools.lru_cache(maxsize=256)
-def _pack(scalars: AdamScalars) -> _Scalars:
+def _pack(scalars: Scalars) -> ctypes.Structure:
     with denormals_kept():  # a conversion from double, even of a value that fits, is arithmetic too
-        return _Scalars(*(getattr(scalars, name) for name in AdamScalars.__slots__))
+        return _STRUCTS[scalars.rule](*astuple(scalars))
 
 
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def _address(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+# Called with the scalars, the rounding and the number of threads of one step.
+BoundUpdate = Callable[[Scalars, Rounding, int], None]
 
 
 class NativeKernel:
@@ -52,12 +63,23 @@ class NativeKernel:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         pointer, c_int, c_size_t = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
-        self._step = library.offload_adam_step
-        self._step.argtypes = [
-            *(c_int, pointer, pointer, pointer, pointer),  # isa, master, exp_avg, exp_avg_sq, max_exp_avg_sq
-            *(pointer, c_int, pointer, c_int),  # grad and its format, param_out and its format
-            *(c_size_t, ctypes.POINTER(_Scalars), c_int, c_size_t),  # numel, scalars, num_threads, chunk_numel
+        c_uint32 = ctypes.c_uint32
+        self._update = library.offload_update
+        self._update.argtypes = [
+            *(c_int, c_int, c_int),  # isa, rule, state format
+            *(pointer, pointer, pointer, pointer, pointer, pointer),  # the fields of State, in order
+            *(pointer, c_int, pointer, c_int),  # grad and its format, param and its format
+            *(c_size_t, pointer, c_uint32, c_uint32, c_uint32),  # numel, scalars, words of Rounding
+            *(c_int, c_size_t),  # num_threads, chunk_numel
         ]
+        self._stream = library.offload_adam_stream
+        self._stream.argtypes = [c_int, *[pointer] * 4, c_size_t, c_int, c_size_t]
+        self._zero = library.offload_zero
+        self._zero.argtypes = [pointer, c_size_t, c_int, c_size_t]
+        self._zero.restype = None
+        self._bind_threads = library.offload_bind_threads
+        self._bind_threads.argtypes = [ctypes.POINTER(c_int), c_int]
+        self._bound_cpus: tuple[int, ...] | None = None
         self.isas: tuple[str, ...] = tuple(
             isa for isa, code in ISA_CODES.items() if library.offload_adam_supports(code)
         )
@@ -65,39 +87,86 @@ class NativeKernel:
     def step(
         self,
         isa: str,
-        master: Tensor,
-        exp_avg: Tensor,
-        exp_avg_sq: Tensor,
+        state: State,
         grad: Tensor,
-        param_out: Tensor | None,
-        max_exp_avg_sq: Tensor | None,
-        scalars: AdamScalars,
+        param: Tensor | None,
+        scalars: Scalars,
+        rounding: Rounding,
         num_threads: int,
     ) -> None:
         """One step over checked CPU tensors."""
-        status = self._step(
-            ISA_CODES[isa],
-            master.data_ptr(),
-            exp_avg.data_ptr(),
-            exp_avg_sq.data_ptr(),
-            _address(max_exp_avg_sq),
-            grad.data_ptr(),
-            FORMAT_CODES[grad.dtype],
-            _address(param_out),
-            FORMAT_CODES[None if param_out is None else param_out.dtype],
-            master.numel(),
-            _pack(scalars),
-            num_threads,
-            CHUNK_NUMEL,
+        self.bind(isa, scalars.rule, state, grad, param)(scalars, rounding, num_threads)
+
+    def bind(self, isa: str, rule: str, state: State, grad: Tensor, param: Tensor | None) -> BoundUpdate:
+        """An update by a rule over checked CPU tensors that are packed already.
+
+        It knows addresses only: the caller keeps the tensors alive.
+        """
+        call, kinds = self._update, (isa, rule, state.format, grad.dtype)
+        arguments = (
+            *map(ctypes.c_int, (ISA_CODES[isa], RULE_CODES[rule], STATE_CODES[state.format])),
+            *map(_address, state.tensors()),
+            _address(grad),
+            ctypes.c_int(FORMAT_CODES[grad.dtype]),
+            _address(param),
+            ctypes.c_int(FORMAT_CODES[None if param is None else param.dtype]),
+            ctypes.c_size_t(state.numel),
         )
-        assert status == 0, f"the compiled kernel refused isa {isa}, grad {grad.dtype}"
+        chunk_numel = ctypes.c_size_t(_chunk_numel(state))
+
+        def update(scalars: Scalars, rounding: Rounding, num_threads: int) -> None:
+            self._follow_affinity(num_threads)
+            packed = _pack(scalars)  # by name: the cache may drop it while the library reads it
+            status = call(*arguments, ctypes.byref(packed), *rounding.words, num_threads, chunk_numel)
+            assert status == 0, f"the compiled kernel refused {kinds}"
+
+        return update
+
+    def stream(
+        self, isa: str, master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, num_threads: int
+    ) -> None:
+        """Reads and writes what a step over checked fp32 CPU tensors does, 28 bytes per element, and computes nothing.
+
+        The limit that a step is measured against (bench/cpu_adam.py). Changes all but ``grad`` a little.
+        """
+        self._follow_affinity(num_threads)
+        addresses = map(_address, (master, exp_avg, exp_avg_sq, grad))
+        status = self._stream(ISA_CODES[isa], *addresses, master.numel(), num_threads, CHUNK_NUMEL)
+        assert status == 0, f"the compiled kernel refused isa {isa}"
+
+    def zero_(self, row: Tensor, num_threads: int) -> None:
+        """Zeros a contiguous CPU tensor, each page by the thread whose share of an update it is in."""
+        self._follow_affinity(num_threads)
+        self._zero(_address(row), row.nbytes, num_threads, CHUNK_NUMEL * row.itemsize)
+
+    def _follow_affinity(self, num_threads: int) -> None:
+        """Binds the threads as the user chose since; a thread that works alone isn't bound."""
+        if num_threads == 1:
+            return
+        cpus = affinity.cpu_affinity()
+        if cpus != self._bound_cpus:
+            status = self._bind_threads((ctypes.c_int * len(cpus or ()))(*(cpus or ())), len(cpus or ()))
+            if status != 0:
+                raise ValueError(
+                    f"the processors {cpus} can't be bound to: their numbers are beyond the system's range"
+                )
+            self._bound_cpus = cpus
+
+
+def _open(path: str) -> ctypes.CDLL:
+    return ctypes.CDLL(path)
+
+
+def _chunk_numel(state: State) -> int:
+    """CHUNK_NUMEL, as blocks that share a scale are not cut."""
+    return CHUNK_NUMEL if state.format != "int8" else -(-CHUNK_NUMEL // BLOCK_NUMEL) * BLOCK_NUMEL
 
 
 @functools.cache
 def load() -> NativeKernel | None:
     """The compiled kernel after its self-test, or None, with one log line that says why and how to get it."""
     try:
-        library = ctypes.CDLL(str(LIBRARY))
+        library = _open(str(LIBRARY))
         version = library.offload_adam_abi_version()
     except (OSError, AttributeError) as error:
         _say_missing(f"not loaded ({error})")
@@ -125,8 +194,8 @@ def _say_missing(why: str) -> None:
 def agrees_with_scalar(kernel: NativeKernel, isa: str) -> bool:
     """Whether an instruction set's path gives the bits of the scalar one."""
 
-    def step(isa: str, *arguments: Any) -> None:
-        master, exp_avg, exp_avg_sq, grad, param_out, max_exp_avg_sq, scalars = arguments
-        kernel.step(isa, master, exp_avg, exp_avg_sq, grad, param_out, max_exp_avg_sq, scalars, 1)
+    def step(isa: str, *trial: Any) -> None:
+        state, grad, param, scalars, rounding = trial
+        kernel.step(isa, state, grad, param, scalars, rounding, 1)
 
     return agree(partial(step, isa), partial(step, "scalar"), "cpu")

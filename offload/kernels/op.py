@@ -1,4 +1,4 @@
-"""The update as a torch operator, offload::adam_step_, for tensors that only torch's dispatcher can open.
+"""The update as a torch operator, offload::update_, for tensors that only torch's dispatcher can open.
 
 Those are tensors of a device emulated on the CPU, whose backend runs the CPU kernel of an operator when its stream
 gets there, and fake or meta tensors, for which nothing is computed. Registered when this module is first imported.
@@ -12,50 +12,58 @@ import torch
 from torch import Tensor
 
 from offload.kernels import dispatch
-from offload.kernels.scalars import AdamScalars
+from offload.kernels.rules import RULES
+from offload.kernels.scalars import Scalars
+from offload.kernels.state import Rounding, State
 
 _library: Any = torch.library.Library("offload", "DEF")  # type: ignore[no-untyped-call]
 _library.define(
-    "adam_step_(Tensor(a!) master, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor grad, Tensor(d!)? param_out, "
-    "Tensor(e!)? max_exp_avg_sq, float[] scalars, str implementation, int num_threads) -> ()"
+    "update_(str state_format, Tensor(a!) master, Tensor(b!)? first, Tensor(c!)? second, Tensor(d!)? max_second, "
+    "Tensor(e!)? first_scale, Tensor(f!)? second_scale, Tensor grad, Tensor(g!)? param, str rule, float[] scalars, "
+    "int[] rounding, str implementation, int num_threads) -> ()"
 )
 
 
-def _step_on_cpu(
+def _update_on_cpu(
+    state_format: str,
     master: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
+    first: Tensor | None,
+    second: Tensor | None,
+    max_second: Tensor | None,
+    first_scale: Tensor | None,
+    second_scale: Tensor | None,
     grad: Tensor,
-    param_out: Tensor | None,
-    max_exp_avg_sq: Tensor | None,
+    param: Tensor | None,
+    rule: str,
     scalars: list[float],
+    rounding: list[int],
     implementation: str,
     num_threads: int,
 ) -> None:
-    arguments = (master, exp_avg, exp_avg_sq, grad, param_out, max_exp_avg_sq)
-    dispatch.run(implementation, *arguments, AdamScalars.from_list(scalars), num_threads)
+    state = State(state_format, master, first, second, max_second, first_scale, second_scale)
+    low, high, first_index = rounding
+    step_scalars = RULES[rule].from_list(scalars)
+    dispatch.run(implementation, state, grad, param, step_scalars, Rounding(high << 32 | low, first_index), num_threads)
 
 
-def _step_on_meta(*_arguments: object) -> None:
+def _update_on_meta(*_arguments: object) -> None:
     """Everything is in place: no output, no shape to infer."""
 
 
-_library.impl("adam_step_", _step_on_cpu, "CPU")
-torch.library.register_fake("offload::adam_step_", _step_on_meta, lib=_library)
+_library.impl("update_", _update_on_cpu, "CPU")
+torch.library.register_fake("offload::update_", _update_on_meta, lib=_library)
 
 
 @torch.no_grad()
-def adam_step(
-    master: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
+def update(
+    state: State,
     grad: Tensor,
-    param_out: Tensor | None,
-    max_exp_avg_sq: Tensor | None,
-    scalars: AdamScalars,
+    param: Tensor | None,
+    scalars: Scalars,
+    rounding: Rounding,
     implementation: str,
     num_threads: int,
 ) -> None:
     """One step over checked tensors, through the dispatcher."""
-    arguments = (master, exp_avg, exp_avg_sq, grad, param_out, max_exp_avg_sq)
-    torch.ops.offload.adam_step_(*arguments, scalars.to_list(), implementation, num_threads)
+    how = (scalars.rule, scalars.to_list(), list(rounding.words), implementation, num_threads)
+    torch.ops.offload.update_(state.format, *state.tensors(), grad, param, *how)

@@ -1,25 +1,51 @@
-"""What is the same for every element of a step."""
+"""What is the same for every element of an Adam step, and what such scalars of any rule have in common."""
 
 from __future__ import annotations
 
 import ctypes
 import math
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, fields
+from typing import ClassVar
 
 from offload.kernels.arithmetic import denormals_kept
 
 
-def _to_float32(value: float) -> float:
+def to_float32(value: float) -> float:
+    """``value`` rounded to fp32 once."""
     return ctypes.c_float(value).value
 
 
 @dataclass(frozen=True, slots=True)
-class AdamScalars:
+class Scalars:
+    """Base of the scalars of each rule: fields are floats that fp32 represents exactly, then flags.
+
+    Attributes:
+        rule: the name of the rule that they belong to.
+    """
+
+    rule: ClassVar[str]
+    grad_multiplier: float
+
+    def to_list(self) -> list[float]:
+        """Its fields in order, as the ``float[]`` argument of a torch operator."""
+        return [float(value) for value in astuple(self)]
+
+    @classmethod
+    def from_list(cls, values: list[float]) -> Scalars:
+        """The inverse of :meth:`to_list`."""
+        names = fields(cls)
+        return cls(*(bool(v) if f.type == "bool" else v for f, v in zip(names, values, strict=True)))
+
+
+@dataclass(frozen=True, slots=True)
+class AdamScalars(Scalars):
     """The scalars of one Adam step, as the kernels use them: every float is exactly representable in fp32.
 
     Build them with :meth:`at_step`, which computes in float64 and rounds to fp32 once, in the order of torch's fused
     CPU kernels. Hashable, so a schedule may cache by them.
     """
+
+    rule: ClassVar[str] = "adam"
 
     grad_multiplier: float
     """Multiplied into the gradient: unscaling and clipping, negated to maximize."""
@@ -60,41 +86,42 @@ class AdamScalars:
         Raises ValueError for hyper-parameters that torch.optim.AdamW refuses, and for a step below 1.
         """
         beta1, beta2 = betas
-        _check(lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, step=step)
+        check_finite(lr=lr, eps=eps, weight_decay=weight_decay)
+        check_fractions(**{"betas[0]": beta1, "betas[1]": beta2})
+        check_step(step)
         has_l2 = weight_decay != 0 and not decoupled
         with denormals_kept():
-            lerp_weight = _to_float32(1 - beta1)
+            lerp_weight = to_float32(1 - beta1)
             lerp_from_grad = lerp_weight >= 0.5
             return cls(
-                grad_multiplier=_to_float32(-grad_scale if maximize else grad_scale),
-                l2_decay=_to_float32(weight_decay) if has_l2 else 0.0,
-                param_decay=_to_float32(1 - lr * weight_decay) if decoupled else 1.0,
+                grad_multiplier=to_float32(-grad_scale if maximize else grad_scale),
+                l2_decay=to_float32(weight_decay) if has_l2 else 0.0,
+                param_decay=to_float32(1 - lr * weight_decay) if decoupled else 1.0,
                 lerp_weight=lerp_weight - 1 if lerp_from_grad else lerp_weight,  # exact in fp32 from 0.5 to 1
-                beta2=_to_float32(beta2),
-                one_minus_beta2=_to_float32(1 - beta2),
-                sqrt_bias_correction2=_to_float32(math.sqrt(1 - beta2**step)),
-                eps=_to_float32(eps),
-                neg_step_size=_to_float32(-(lr / (1 - beta1**step))),
+                beta2=to_float32(beta2),
+                one_minus_beta2=to_float32(1 - beta2),
+                sqrt_bias_correction2=to_float32(math.sqrt(1 - beta2**step)),
+                eps=to_float32(eps),
+                neg_step_size=to_float32(-(lr / (1 - beta1**step))),
                 lerp_from_grad=lerp_from_grad,
             )
 
-    def to_list(self) -> list[float]:
-        """Its fields in order, as the ``float[]`` argument of a torch operator."""
-        return [float(value) for value in astuple(self)]
 
-    @classmethod
-    def from_list(cls, values: list[float]) -> AdamScalars:
-        """The inverse of :meth:`to_list`."""
-        *floats, lerp_from_grad = values
-        return cls(**dict(zip(cls.__slots__, floats, strict=False)), lerp_from_grad=bool(lerp_from_grad))
-
-
-def _check(*, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int) -> None:
-    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+def check_finite(**values: float) -> None:
+    """Raise ValueError, naming it, for a hyper-parameter that is negative or not finite."""
+    for name, value in values.items():
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"{name} must be finite and at least 0, not {value!r}")
-    for name, value in (("betas[0]", beta1), ("betas[1]", beta2)):
+
+
+def check_fractions(**values: float) -> None:
+    """Raise ValueError, naming it, for a hyper-parameter outside [0, 1)."""
+    for name, value in values.items():
         if not 0 <= value < 1:
             raise ValueError(f"{name} must be at least 0 and less than 1, not {value!r}")
+
+
+def check_step(step: int) -> None:
+    """Raise ValueError for a step number below 1."""
     if step < 1:
         raise ValueError(f"step counts from 1, not {step!r}: bias correction divides by 1 - beta**step")

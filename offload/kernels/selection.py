@@ -79,6 +79,11 @@ def available_implementations(device: torch.device | str = "cpu") -> tuple[str, 
     return tuple(name for name in _candidates(torch.device(device).type) if _works(name))
 
 
+def choice() -> str | None:
+    """What :func:`default_implementation` goes by: the same choice, the same implementation."""
+    return _override or os.environ.get("OFFLOAD_KERNEL")
+
+
 def default_implementation(device: torch.device | str = "cpu") -> str:
     """The implementation used when none is named.
 
@@ -88,7 +93,7 @@ def default_implementation(device: torch.device | str = "cpu") -> str:
     Raises ValueError if the chosen one is unknown, or not available on this machine.
     """
     device_type = torch.device(device).type
-    name = _override or os.environ.get("OFFLOAD_KERNEL")
+    name = choice()
     if name:
         _check(name, "use_implementation" if _override else "OFFLOAD_KERNEL")
         if name in _candidates(device_type):

@@ -18,7 +18,7 @@ SPECIAL = [
 ]
 
 
-def _adversarial(numel: int, generator: torch.Generator) -> Tensor:
+def adversarial(numel: int, generator: torch.Generator) -> Tensor:
     """fp32: ordinary values, special values, and random bits (every exponent, every NaN), a third each."""
     kind = torch.randint(3, (numel,), generator=generator)
     special = torch.tensor(SPECIAL)[torch.randint(len(SPECIAL), (numel,), generator=generator)]
@@ -50,7 +50,7 @@ class Buffers:
     ) -> Buffers:
         """Values that tell implementations apart. Second moments are not negative, as in training."""
         generator = torch.Generator().manual_seed(seed)
-        master, exp_avg, exp_avg_sq, grad, maximum = (_adversarial(numel, generator) for _ in range(5))
+        master, exp_avg, exp_avg_sq, grad, maximum = (adversarial(numel, generator) for _ in range(5))
         return cls(
             master,
             exp_avg,

@@ -18,6 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import offload.kernels
 from offload.kernels import (
     AdamScalars,
+    Rounding,
+    State,
     adam_step,
     available_implementations,
     native,
@@ -198,10 +200,10 @@ def test_self_test_rejects_an_instruction_set_with_other_bits(
 ) -> None:
     honest_step = native.NativeKernel.step
 
-    def step(self: Any, isa: str, master: Any, *arguments: Any) -> None:
-        honest_step(self, isa, master, *arguments)
+    def step(self: Any, isa: str, state: Any, *arguments: Any) -> None:
+        honest_step(self, isa, state, *arguments)
         if isa == "avx2":
-            master.view(torch.int32)[7] ^= 1  # one last bit of one element
+            state.master.view(torch.int16)[7] ^= 1  # one last bit of one element
 
     monkeypatch.setattr(native.NativeKernel, "step", step)
     assert "avx2" not in native.load().isas
@@ -234,10 +236,10 @@ def test_operator_is_sound(buffers: Any, make_scalars: Any) -> None:
 
     assert op is not None
     state = buffers.ordinary(100, torch.bfloat16, torch.bfloat16, amsgrad=True)
-    arguments = (*state.tensors(), make_scalars()[0].to_list(), "scalar", 1)
-    torch.library.opcheck(
-        torch.ops.offload.adam_step_.default, arguments, test_utils=["test_schema", "test_faketensor"]
-    )
+    master, exp_avg, exp_avg_sq, grad, param_out, max_exp_avg_sq = state.tensors()
+    tensors = (master, exp_avg, exp_avg_sq, max_exp_avg_sq, None, None, grad, param_out)
+    arguments = ("fp32", *tensors, "adam", make_scalars()[0].to_list(), [0, 0, 0], "scalar", 1)
+    torch.library.opcheck(torch.ops.offload.update_.default, arguments, test_utils=["test_schema", "test_faketensor"])
 
 
 def test_nothing_is_computed_for_meta_and_fake_tensors(buffers: Any, make_scalars: Any) -> None:
@@ -269,6 +271,7 @@ def test_torch_reference_on_the_emulated_device(sim: Any, buffers: Any, make_sca
     start = buffers.adversarial(1000, torch.float16, torch.float16)
     expected = start.clone().step(*make_scalars())
     on_device = start.map(lambda tensor: tensor.to("sim"))
+    master, exp_avg, exp_avg_sq, grad, param_out, _ = on_device.tensors()
     for scalars in make_scalars():
-        torch_reference.step(*on_device.tensors(), scalars)
+        torch_reference.step(State("fp32", master, exp_avg, exp_avg_sq), grad, param_out, scalars, Rounding())
     on_device.map(lambda tensor: tensor.cpu()).assert_same_bits(expected)

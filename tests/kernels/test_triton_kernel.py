@@ -25,45 +25,30 @@ once = numpy.frompyfunc(fmaf, 3, 1)
 InterpreterBuilder.create_fma = lambda self, a, b, c: TensorHandle(
     once(a.data, b.data, c.data).astype(numpy.float32), a.dtype.scalar)
 
-from offload.kernels import AdamScalars, torch_reference, triton_kernel
+from offload.kernels import torch_reference, triton_kernel
+from tests.kernels.states import RULES, assert_same_bits, clone, every_case
 torch.accelerator.device_index = lambda index: __import__("contextlib").nullcontext()
-generator = torch.Generator().manual_seed(0)
-special = torch.tensor([0.0, -0.0, 1e-45, 1e-39, 3e-23, 1 / 3, 65520.0, 3e38, float("inf"), float("nan")])
-def values(numel):
-    ordinary = torch.randn(numel, generator=generator)
-    chosen = special[torch.randint(len(special), (numel,), generator=generator)]
-    return torch.where(torch.rand(numel, generator=generator) < 0.5, ordinary, chosen)
-formats = (torch.float32, torch.bfloat16, torch.float16)
-modes = (dict(decoupled=True, grad_scale=0.37), dict(decoupled=False, maximize=True),
-         dict(decoupled=True, betas=(0.3, 0.9)))
-for grad, out, mode, amsgrad in itertools.product(formats, (None, *formats), modes, (False, True)):
-    numel = 1500
-    ours = [values(numel), values(numel), values(numel).abs(), values(numel).to(grad),
-            None if out is None else torch.zeros(numel, dtype=out), values(numel).abs() if amsgrad else None]
-    theirs = [None if tensor is None else tensor.clone() for tensor in ours]
-    for step in (1, 2):
-        arguments = dict(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1, step=step) | mode
-        scalars = AdamScalars.at_step(**arguments)
-        triton_kernel.step(*ours, scalars)
-        torch_reference.step(*theirs, scalars)
-    for a, b in zip(ours, theirs):
-        if a is not None:
-            integer = torch.int32 if a.itemsize == 4 else torch.int16
-            differs = (a.view(integer) != b.view(integer)) & ~(a.isnan() & b.isnan())
-            assert not differs.any(), (grad, out, mode, amsgrad, a[differs][:3], b[differs][:3])
+for case in every_case(numel=1500, rules=RULES, seed=1):
+    ours, theirs = case, clone(case)
+    for scalars, rounding in zip(case.scalars, case.roundings):
+        triton_kernel.step(ours.state, ours.grad, ours.param, scalars, rounding)
+        torch_reference.step(theirs.state, theirs.grad, theirs.param, scalars, rounding)
+    assert_same_bits(ours, theirs)
 """
 
 TO_PTX = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from offload.kernels.triton_kernel import _adam_kernel
-pointers = ["master_ptr", "exp_avg_ptr", "exp_avg_sq_ptr", "max_exp_avg_sq_ptr"]
-signature = {name: "fp32" for name in _adam_kernel.arg_names}
-signature |= {name: "*fp32" for name in pointers} | {"grad_ptr": "*bf16", "param_out_ptr": "*bf16", "numel": "i64"}
-constants = {"has_l2": True, "lerp_from_grad": False, "amsgrad": True, "has_out": True, "block": 1024}
+from offload.kernels.triton_kernel import _update_kernel
+pointers = [name for name in _update_kernel.arg_names if name.endswith("_ptr")]
+signature = {name: "fp32" for name in _update_kernel.arg_names}
+signature |= {name: "*fp32" for name in pointers} | {"grad_ptr": "*bf16", "param_ptr": "*bf16"}
+signature |= {name: "i64" for name in ("numel", "num_scales", "key0", "key1", "first_index")}
+constants = {"rule": "adam", "flag0": False, "flag1": False, "has_l2": True, "has_first": True, "has_second": True,
+             "has_max": True, "has_param": True, "is_compact": False, "is_int8": False, "num_rows": 8, "block": 128}
 signature |= {name: "constexpr" for name in constants}
-source = ASTSource(_adam_kernel, signature, constants)
+source = ASTSource(_update_kernel, signature, constants)
 compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False})
 print(compiled.asm["ptx"])
 """
