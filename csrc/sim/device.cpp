@@ -76,7 +76,7 @@ struct Generator final : at::CPUGeneratorImpl {
 
  private:
   Generator* clone_impl() const override {
-    auto* copy = new Generator;
+    auto* copy = new Generator(device_.index());
     copy->set_state(*get_state());
     return copy;
   }
