@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -99,13 +99,15 @@ class AdamSubgroup:
             _flat(update.slice.param).copy_(update.slice.within(param), non_blocking=True)
 
     def prefetch(self, slot: Slot) -> None:
-        self._in_slot(slot).copy_(self.state, non_blocking=True)
+        for row, slot_row in self._copies(slot):
+            slot_row.copy_(row, non_blocking=True)
 
     def update_gpu(self, slot: Slot) -> None:
         self._update_on_device(self._in_slot(slot))
 
     def flush(self, slot: Slot) -> None:
-        self.state.copy_(self._in_slot(slot), non_blocking=True)
+        for row, slot_row in self._copies(slot):
+            row.copy_(slot_row, non_blocking=True)
 
     def update_resident(self) -> None:
         self._update_on_device(self.state)
@@ -117,6 +119,11 @@ class AdamSubgroup:
     def _adam_step(self, state: Tensor, grad: Tensor, param_out: Tensor, scalars: AdamScalars) -> None:
         master, exp_avg, exp_avg_sq, *amsgrad = state.unbind()
         adam_step(master, exp_avg, exp_avg_sq, grad, param_out, *amsgrad, scalars=scalars)
+
+    def _copies(self, slot: Slot) -> Iterator[tuple[Tensor, Tensor]]:
+        """State and slot in pieces that one copy each moves: a copy of rows that lie apart would block the host."""
+        in_slot = self._in_slot(slot)
+        return iter([(self.state, in_slot)]) if self.state.is_contiguous() else zip(self.state, in_slot, strict=True)
 
     def _in_slot(self, slot: Slot) -> Tensor:
         assert slot.buffer is not None

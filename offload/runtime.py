@@ -113,7 +113,7 @@ class Runtime:
         added_actions: list[AdamSubgroup] = []
         try:
             for subgroup, item in zip(added, packed, strict=True):
-                state = self._new_state(subgroup, homes, num_state_rows)
+                state = self._new_state(subgroup, homes, num_state_rows) if item.state is None else item.state
                 subgroup.actions = AdamSubgroup(item.slices, item.dtype, state, self.accelerator)
                 del state
                 added_actions.append(subgroup.actions)
