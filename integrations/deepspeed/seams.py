@@ -31,13 +31,13 @@ class Seam:
 
     Attributes:
         module, name: where it is; ``name`` may be "Class.method".
-        parameters: their names in order, without self; more may follow.
+        parameters: their names in order, without self; more may follow. None for a class.
         use: what the plugin does with it.
     """
 
     module: str
     name: str
-    parameters: tuple[str, ...]
+    parameters: tuple[str, ...] | None
     use: str
 
     def check(self) -> None:
@@ -48,6 +48,8 @@ class Seam:
                 found = getattr(found, part)
         except (ImportError, AttributeError) as error:
             raise SeamError(self._message("is not there")) from error
+        if self.parameters is None:
+            return
         parameters = [name for name in inspect.signature(_undecorated(found)).parameters if name != "self"]
         if tuple(parameters[: len(self.parameters)]) != self.parameters:
             raise SeamError(self._message(f"takes ({', '.join(parameters)}), not ({', '.join(self.parameters)})"))
@@ -60,7 +62,7 @@ class Seam:
 
 
 def _undecorated(function: Any) -> Any:
-    """The function under DeepSpeed's nvtx decorator, which takes ``*args, **kwargs`` and says not what it wraps."""
+    """The function below DeepSpeed's nvtx decorator, which takes ``*args, **kwargs`` and says not what it wraps."""
     cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
     return _undecorated(cells["func"].cell_contents) if "func" in cells else function
 
@@ -91,7 +93,7 @@ STAGE12_SEAMS = (
     Seam(STAGE12, f"{_Z12}._lazy_init_hp_params_optimizer_state", (), "called when states are there"),
     Seam(STAGE12, f"{_Z12}.load_state_dict", ("state_dict_list",), "extended: takes loaded states over"),
     Seam(STAGE12, f"{_Z12}.destroy", (), "extended: waits for the states"),
-    Seam(ENGINE, _Z12, (), "the name by which the engine constructs stages 1 and 2"),
+    Seam(ENGINE, _Z12, None, "the name by which the engine constructs stages 1 and 2"),
 )
 # Attributes of the optimizers, once constructed.
 STAGE3_ATTRIBUTES = (
@@ -99,7 +101,7 @@ STAGE3_ATTRIBUTES = (
     "grad_partitions_flat_buffer", "loss_scale", "optimizer", "sub_group_to_group_id",
 )  # fmt: skip
 STAGE12_ATTRIBUTES = (
-    "bit16_groups", "clip_grad", "device", "dp_process_group", "loss_scale", "optimizer",
+    "averaged_gradients", "bit16_groups", "clip_grad", "device", "dp_process_group", "loss_scale", "optimizer",
     "parallel_partitioned_bit16_groups", "real_dp_process_group", "single_partition_of_fp32_groups",
     "_hp_optimizer_states_linked",
 )  # fmt: skip

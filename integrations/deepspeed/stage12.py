@@ -73,6 +73,7 @@ class OffloadedStage12(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSpe
 
         So it casts no gradient, and its copies of new parameters are of a tensor to itself.
         """
+        self._keep_gradients_until_read()
         self.single_partition_of_fp32_groups = self._own_partitions()
         try:
             super().step(closure)
@@ -80,6 +81,13 @@ class OffloadedStage12(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSpe
             for flat in self.single_partition_of_fp32_groups:
                 flat.grad = None
             self.single_partition_of_fp32_groups = list(self.offloaded.masters)
+
+    def _keep_gradients_until_read(self) -> None:
+        """Reduced on DeepSpeed's stream, they are read on the current one, and their memory given back to the first."""
+        for gradients in self.averaged_gradients.values():
+            for grad in gradients or ():
+                if grad.device.type != "cpu":
+                    grad.record_stream(torch.accelerator.current_stream())
 
     def unscale_and_clip_grads(self, grad_groups_flat: list[Tensor], total_norm: Tensor | None) -> None:
         self.offloaded.set_grad_scale(total_norm, self.loss_scale, self.clip_grad)
