@@ -82,7 +82,6 @@ STAGE3_SEAMS = (
     Seam(STAGE3, f"{_Z3}._restore_from_bit16_weights", (), "extended: waits for the states"),
     Seam(STAGE3, f"{_Z3}.state_dict", (), "extended: waits for the states"),
     Seam(STAGE3, f"{_Z3}.load_state_dict", ("state_dict_list",), "extended: takes loaded states over"),
-    Seam(STAGE3, f"{_Z3}.destroy", (), "extended: waits for the states"),
 )
 STAGE12_SEAMS = (
     Seam(STAGE12, f"{_Z12}.initialize_optimizer_states", (), "replaced: our states are the optimizer's"),
@@ -92,7 +91,6 @@ STAGE12_SEAMS = (
     Seam(STAGE12, f"{_Z12}._link_all_hp_params", (), "called after a load"),
     Seam(STAGE12, f"{_Z12}._lazy_init_hp_params_optimizer_state", (), "called when states are there"),
     Seam(STAGE12, f"{_Z12}.load_state_dict", ("state_dict_list",), "extended: takes loaded states over"),
-    Seam(STAGE12, f"{_Z12}.destroy", (), "extended: waits for the states"),
     Seam(ENGINE, _Z12, None, "the name by which the engine constructs stages 1 and 2"),
 )
 # Attributes of the optimizers, once constructed.

@@ -111,7 +111,3 @@ class OffloadedStage12(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSpe
         self._link_all_hp_params()
         self._hp_optimizer_states_linked = False
         self._lazy_init_hp_params_optimizer_state()
-
-    def destroy(self) -> None:
-        self.offloaded.synchronize()
-        super().destroy()

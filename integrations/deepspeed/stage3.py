@@ -82,7 +82,3 @@ class OffloadedStage3(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[misc]  # D
         self.offloaded.synchronize()
         super().load_state_dict(*args, **kwargs)
         self.offloaded.adopt()
-
-    def destroy(self) -> None:
-        self.offloaded.synchronize()
-        super().destroy()
