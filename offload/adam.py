@@ -88,7 +88,7 @@ class AdamSubgroup:
     def update_cpu(self, staging: Staging) -> None:
         grad, param = self._typed(staging.grad), self._typed(staging.param)
         if self._accelerator is not None:
-            self._accelerator.declare_host_work("cpu update", reads=(grad,), writes=(self.state, param))
+            self._accelerator.declare_host_work("cpu update", reads=(grad,), writes=(*self.state, param))
         for run in self._runs:
             part = slice(run.begin, run.end)
             self._adam_step(self.state[:, part], grad[part], param[part], run.scalars)
