@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from offload.kernels import AdamScalars, adam_step
 
-VOCABULARY, WIDTH, NUM_LAYERS = 61, 24, 4  # no multiple of what partitions are padded to
+VOCABULARY, WIDTH, NUM_LAYERS = 61, 24, 3  # no multiple of what partitions are padded to
 HYPER = {"lr": 1e-2, "betas": (0.8, 0.97), "eps": 1e-8, "weight_decay": 0.05}
 SUB_GROUP_SIZE = 1000
 
@@ -112,7 +112,7 @@ def tokens_of(micro_step: int, device: str = "sim") -> Tensor:
 
 def train(
     engine: Any,
-    num_steps: int = 6,
+    num_steps: int = 4,
     *,
     first: int = 0,
     device: str = "sim",
@@ -132,8 +132,8 @@ def train(
 
 def snapshot(engine: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Whole parameters and their fp32 masters by name, on the CPU."""
-    from deepspeed.utils import safe_get_full_fp32_param
     from deepspeed.runtime.zero import GatheredParameters
+    from deepspeed.utils import safe_get_full_fp32_param
 
     named = dict(engine.module.named_parameters())
     masters = {name: safe_get_full_fp32_param(param).detach().cpu().clone() for name, param in named.items()}
