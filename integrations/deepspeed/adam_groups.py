@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,14 +67,14 @@ class StateEntries:
         masters: the tensors that ``optimizer.state`` is keyed by: row 0 of each state, as leaves.
     """
 
-    state: MutableMapping[Tensor, dict[str, Any]]
+    optimizer: torch.optim.Optimizer  # not its state: loading gives it another dict
     masters: Sequence[Tensor]
     states: Sequence[Tensor]
 
     def adopt(self) -> None:
         """Take over what a checkpoint put into ``optimizer.state``, and make its entries views of our states again."""
         for master, state in zip(self.masters, self.states, strict=True):
-            entry = self.state.setdefault(master, {})
+            entry = self.optimizer.state[master]
             for name, row in zip(STATE_ROWS[1:], state[1:], strict=True):
                 loaded = entry.get(name)
                 if loaded is not None and loaded.data_ptr() != row.data_ptr():
@@ -84,7 +84,7 @@ class StateEntries:
 
     def next_step(self, index: int) -> int:
         """Count one more step of a flat tensor; its number."""
-        entry = self.state[self.masters[index]]
+        entry = self.optimizer.state[self.masters[index]]
         entry["step"] += 1
         return int(entry["step"])
 
@@ -92,6 +92,6 @@ class StateEntries:
 def state_entries(optimizer: torch.optim.Optimizer, states: Sequence[Tensor]) -> StateEntries:
     """Put ``states`` into an optimizer that has none yet."""
     masters = [state[0].detach().requires_grad_() for state in states]
-    entries = StateEntries(optimizer.state, masters, states)
+    entries = StateEntries(optimizer, masters, states)
     entries.adopt()
     return entries

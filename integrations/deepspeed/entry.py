@@ -43,7 +43,6 @@ def initialize(*args: Any, **kwargs: Any) -> Any:
     if split.settings is None:
         return _stock_initialize(*args, **kwargs)
     bound.arguments[name] = split.deepspeed
-    seams.check(seams.COMMON)
     stage = split.deepspeed["zero_optimization"]["stage"]
     seams.check(seams.STAGE3_SEAMS if stage == 3 else seams.STAGE12_SEAMS)
     with seams.zero_classes(*_classes(split.settings, split.deepspeed["zero_optimization"])):

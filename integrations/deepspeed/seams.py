@@ -69,7 +69,6 @@ def _undecorated(function: Any) -> Any:
 
 _Z3, _Z12 = "DeepSpeedZeroOptimizer_Stage3", "DeepSpeedZeroOptimizer"
 
-COMMON = (Seam("deepspeed", "initialize", ("args", "model", "optimizer", "model_parameters"), "wrapped"),)
 STAGE3_SEAMS = (
     Seam(STAGE3, f"{_Z3}._create_fp32_partitions", (), "replaced: masters are rows of our states"),
     Seam(STAGE3, f"{_Z3}.initialize_optimizer_states", (), "replaced: our states are the optimizer's"),
