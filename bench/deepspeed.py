@@ -7,14 +7,15 @@ host's work, which is charged at the profile's rates for everyone: updates, and 
 or masters by the bytes that it touches. Two choices go against the plugin: its CPU updates are charged what copies in
 both directions leave of host memory, whether any runs or not; and copies from pageable memory are as fast as others.
 
-The model is a miniature: fixed costs (launches, copy latencies) are scaled by its size over that of a model of 7 billion
-parameters, and the device's rate of arithmetic by the tokens of its step over 2048.
+The model is a miniature: fixed costs (launches, copy latencies) are scaled by its size over that of a model of
+7 billion parameters, and the device's rate of arithmetic by the tokens of its step over 2048.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import logging
 import re
@@ -217,7 +218,7 @@ def measure(
         times_s.append(now_s())
         engine.step()
         times_s.append(now_s())
-        spent = [end - begin for begin, end in zip(times_s, times_s[1:], strict=False)]
+        spent = [end - begin for begin, end in itertools.pairwise(times_s)]
         for name, seconds in zip(parts, (*spent, sum(spent)), strict=True):
             parts[name].append(seconds)
 
@@ -240,8 +241,6 @@ def measure(
     if partition is not None:
         found["plan"] = str(partition.plan)
     engine.destroy()
-    del engine, model, partition
-    gc.collect()
     return found | {"numel": numel}
 
 
@@ -267,7 +266,10 @@ def main() -> None:
 
     use_emulated_device()
     profile, size = HardwareProfile.load(options.profile), QUICK if options.quick else FULL
-    cases = {name: measure(profile, size, *case) for name, case in CASES.items()}
+    cases = {}
+    for name, case in CASES.items():
+        cases[name] = measure(profile, size, *case)
+        gc.collect()  # engines are cycles, and the next case wants their memory
     ours_s = cases["ours"]["iteration_s"]
     found: dict[str, Any] = {
         "profile": f"{profile.name} (simulated)",
