@@ -41,7 +41,7 @@ def states_of(engine: Any) -> list[tuple[torch.Tensor, ...]]:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("executor", ["sync", "lazy"])
+@pytest.mark.parametrize("executor", ["lazy", pytest.param("sync", marks=pytest.mark.slow)])
 def test_a_run_goes_on_where_it_was_saved(ds: ModuleType, stage: int, executor: str, tmp_path: Path) -> None:
     """Also under another plan, and with every state still in flight when it is saved."""
     ds.configure(executor)
@@ -58,8 +58,14 @@ def test_a_run_goes_on_where_it_was_saved(ds: ModuleType, stage: int, executor: 
     close(resumed)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("stage", "dtype"),
+    [
+        (3, "bf16"),
+        (2, "fp16"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(1, "bf16"), (1, "fp16"), (2, "bf16"), (3, "fp16")]),
+    ],
+)
 def test_from_deepspeed_to_the_plugin_and_back(ds: ModuleType, stage: int, dtype: str, tmp_path: Path) -> None:
     """With the reference's arithmetic in DeepSpeed all along, the weights are the same as without any change."""
     through = engine_of(reference(config(stage, dtype)))
@@ -82,7 +88,7 @@ def test_from_deepspeed_to_the_plugin_and_back(ds: ModuleType, stage: int, dtype
     close(after)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 2, 3])
 def test_deepspeeds_own_offloading_loads_ours(ds: ModuleType, stage: int, tmp_path: Path) -> None:
     here = engine_of(ours(config(stage)))
     train(here, 2)
@@ -115,7 +121,7 @@ def test_zero_to_fp32_finds_the_masters(ds: ModuleType, stage: int, tmp_path: Pa
     close(engine)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 2, 3])
 def test_a_module_may_be_loaded_without_optimizer_states(ds: ModuleType, stage: int, tmp_path: Path) -> None:
     engine = engine_of(ours(config(stage)))
     params = train(engine, 2).params

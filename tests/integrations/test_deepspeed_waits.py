@@ -46,7 +46,7 @@ def loaded(engine: Any, earlier: dict[str, Any]) -> list[Tensor]:
 
 @pytest.mark.parametrize(
     ("stage", "access"),
-    [(3, saved), (3, read), (3, refreshed), (3, loaded), (2, read), (1, read)],
+    [(3, saved), (3, read), (3, refreshed), (3, loaded), (2, read), pytest.param(1, read, marks=pytest.mark.slow)],
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_states_in_flight_are_waited_for(
@@ -74,7 +74,7 @@ def test_states_in_flight_are_waited_for(
         assert_same_bits(found[1], found[0])
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_reduced_gradients_are_kept_until_they_are_read(
     ds: ModuleType, stage: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
