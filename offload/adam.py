@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -137,7 +137,7 @@ class AdamSubgroup:
     def update_cpu(self, staging: Staging) -> None:
         grad, param = self._typed(staging.grad), self._typed(staging.param)
         if self._accelerator is not None:
-            self._accelerator.declare_host_work("cpu update", reads=(grad,), writes=(self.state, param))
+            self._accelerator.declare_host_work("cpu update", reads=(grad,), writes=(*self.state, param))
         for run in self._runs:
             # One prepared update for each begin, so that their number is bounded however the gaps between runs move.
             end, prepared = staging.prepared.get((self, run.begin), (None, None))
@@ -154,13 +154,15 @@ class AdamSubgroup:
             each.param.copy_(each.slice.within(param), non_blocking=True)
 
     def prefetch(self, slot: Slot) -> None:
-        self._in_slot(slot).copy_(self.state, non_blocking=True)
+        for row, slot_row in self._copies(slot):
+            slot_row.copy_(row, non_blocking=True)
 
     def update_gpu(self, slot: Slot) -> None:
         self._update_on_device(self._in_slot(slot))
 
     def flush(self, slot: Slot) -> None:
-        self.state.copy_(self._in_slot(slot), non_blocking=True)
+        for row, slot_row in self._copies(slot):
+            row.copy_(slot_row, non_blocking=True)
 
     def update_resident(self) -> None:
         self._update_on_device(self.state)
@@ -174,6 +176,11 @@ class AdamSubgroup:
     def state_of(self, item: ParamSlice) -> State:
         """The state of one parameter, as views."""
         return self.layout.state(self.state).narrow(item.offset, item.numel)
+
+    def _copies(self, slot: Slot) -> Iterator[tuple[Tensor, Tensor]]:
+        """State and slot in pieces that one copy each moves: a copy of rows that lie apart would block the host."""
+        in_slot = self._in_slot(slot)
+        return iter([(self.state, in_slot)]) if self.state.is_contiguous() else zip(self.state, in_slot, strict=True)
 
     def _in_slot(self, slot: Slot) -> Tensor:
         assert slot.buffer is not None

@@ -20,11 +20,16 @@ MAX_SUBGROUP_NUMEL = 10**8  # the paper's subgroup size (arXiv 2410.21316)
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """Parameters of one subgroup: same parameter group, same dtype, packed without gaps but for alignment."""
+    """Parameters of one subgroup: same parameter group, same dtype, packed without gaps but for alignment.
+
+    ``state`` is host memory that the caller gives the subgroup for its state, (rows, numel) float32, each row
+    contiguous, pinned if the state may visit the device; None lets the runtime allocate it.
+    """
 
     group_index: int
     dtype: torch.dtype
     slices: tuple[ParamSlice, ...]
+    state: Tensor | None = None
 
     @property
     def numel(self) -> int:

@@ -157,7 +157,7 @@ class Runtime:
         added_actions: list[AdamSubgroup] = []
         try:
             for subgroup, item, layout in zip(added, packed, layouts, strict=True):
-                state = self._new_state(subgroup, homes, layout)
+                state = self._new_state(subgroup, homes, layout) if item.state is None else item.state
                 subgroup.actions = AdamSubgroup(item.slices, item.dtype, state, self.accelerator, layout)
                 del state
                 added_actions.append(subgroup.actions)

@@ -1,0 +1,319 @@
+"""Iterations of DeepSpeed's own offloading and of the plugin, on the same emulated hardware (simulated).
+
+Run: python -m bench.deepspeed [--quick] [--json FILE] [--profile NAME]. Needs DeepSpeed.
+
+The device is emulated and its clock virtual: copies, kernels and launches take what the profile says. So does the
+host's work, which is charged at the profile's rates for everyone: updates, and each pass of DeepSpeed's over gradients
+or masters by the bytes that it touches. Two choices go against the plugin: its CPU updates are charged what copies in
+both directions leave of host memory, whether any runs or not; and copies from pageable memory are as fast as others.
+
+The model is a miniature: fixed costs (launches, copy latencies) are scaled by its size over that of a model of
+7 billion parameters, and the device's rate of arithmetic by the tokens of its step over 2048.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import json
+import logging
+import re
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from offload.accelerators.sim import SimAccelerator
+from offload.hardware import HardwareProfile
+from offload.kernels import AdamScalars, adam_step
+from offload.testing import sim
+
+PROFILE = "h100-sxm-16-cores"
+FULL_NUMEL, FULL_TOKENS = 7e9, 2048  # what the miniature stands for
+STATE_BYTES = 28  # that one fused update reads and writes in host memory, a parameter
+UNSCALE_BYTES = 8  # DeepSpeed's pass over an fp32 gradient: read and written
+CLIP = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Of the miniature: width and number of layers, tokens of a step, elements of a sub-group, steps."""
+
+    width: int
+    num_layers: int
+    tokens: int
+    sub_group_size: int
+    num_warm_up: int  # of which the plugin's plan="auto" needs some to measure and decide
+    num_steps: int
+
+
+QUICK = Size(width=128, num_layers=6, tokens=64, sub_group_size=70_000, num_warm_up=6, num_steps=2)
+FULL = Size(width=384, num_layers=16, tokens=256, sub_group_size=10**6, num_warm_up=16, num_steps=5)
+
+
+class Block(nn.Module):
+    """The matrices of a transformer's layer; attention itself would add nothing that is compared."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(3 * width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.out(self.qkv(self.norm(x)))
+        return x + self.down(F.gelu(self.up(x)))
+
+
+class Miniature(nn.Module):
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(size.width) for _ in range(size.num_layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x.float().square().mean()
+
+
+# ---- what the host's work costs
+
+
+@dataclass(frozen=True, slots=True)
+class HostRates:
+    """Seconds a parameter of the host's passes over states and gradients."""
+
+    update_s: float
+    update_beside_copies_s: float
+    unscale_s: float
+    downcast_s: float
+
+    @classmethod
+    def of(cls, profile: HardwareProfile) -> HostRates:
+        left = profile.host_dram_bytes_per_s - profile.both_bytes_per_s * (
+            profile.host_bytes_per_h2d_byte + profile.host_bytes_per_d2h_byte
+        )
+        if left <= 0:
+            raise SystemExit(
+                f"{profile.name}: copies both ways would take all of this rank's host memory bandwidth, which the "
+                f"emulated device does not share; choose a profile with more of it"
+            )
+        update_s = 1 / profile.host_update_params_per_s
+        return cls(
+            update_s=update_s,
+            update_beside_copies_s=max(update_s, STATE_BYTES / left),
+            unscale_s=UNSCALE_BYTES / profile.host_dram_bytes_per_s,
+            # The conversion alone: the copy behind it is the device's to charge.
+            downcast_s=max(0.0, 1 / profile.blocking_downcast_params_per_s - 2 / profile.both_bytes_per_s),
+        )
+
+
+@contextmanager
+def charged(rates: HostRates, numel_of: Callable[[int], int]) -> Iterator[None]:
+    """Charge the host's work in virtual time while active. ``numel_of`` gives the size of a subgroup of ours."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Stage3
+
+    update, unscale, copy_back = DeepSpeedCPUAdam.step, Stage3.unscale_and_clip_grads, (
+        Stage3._reassign_or_swap_out_partitioned_parameters
+    )  # fmt: skip
+
+    def charge_ours(_self: SimAccelerator, _seconds: float, name: str = "") -> None:
+        if match := re.match(r"C(\d+)@", name):
+            sim.host_charge(numel_of(int(match[1])) * rates.update_beside_copies_s, name)
+
+    def charge_update(self: Any, *args: Any, **kwargs: Any) -> Any:
+        sim.host_charge(sum(p.numel() for g in self.param_groups for p in g["params"]) * rates.update_s, "CPU Adam")
+        return update(self, *args, **kwargs)
+
+    def charge_unscale(self: Any, sub_group_id: int, *args: Any) -> None:
+        if self.subgroup_to_device[sub_group_id] == "cpu":
+            sim.host_charge(self.fp16_partitioned_groups_flat_numel[sub_group_id] * rates.unscale_s, "unscale")
+        unscale(self, sub_group_id, *args)
+
+    def charge_copy_back(self: Any, sub_group_id: int) -> None:
+        if self.subgroup_to_device[sub_group_id] == "cpu":
+            sim.host_charge(self.fp16_partitioned_groups_flat_numel[sub_group_id] * rates.downcast_s, "downcast")
+        copy_back(self, sub_group_id)
+
+    with (
+        mock.patch.object(SimAccelerator, "charge_host_time", charge_ours),
+        mock.patch.object(DeepSpeedCPUAdam, "step", charge_update),
+        mock.patch.object(Stage3, "unscale_and_clip_grads", charge_unscale),
+        mock.patch.object(Stage3, "_reassign_or_swap_out_partitioned_parameters", charge_copy_back),
+    ):
+        yield
+
+
+class UpdateInPlace:
+    """Our kernel behind the interface of DeepSpeed's compiled extension, which takes minutes to build.
+
+    In virtual time it costs what it is charged, whoever computes it.
+    """
+
+    def create_adam(self, *_args: Any) -> None: ...
+
+    def destroy_adam(self, *_args: Any) -> None: ...
+
+    def adam_update(
+        self, _id: int, step: int, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
+        _bias_correction: bool, param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor,
+    ) -> None:  # fmt: skip
+        scalars = AdamScalars.at_step(
+            lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, step=int(step), decoupled=True
+        )
+        adam_step(param.detach(), exp_avg, exp_avg_sq, grad, scalars=scalars)
+
+
+# ---- one case
+
+
+def emulate(profile: HardwareProfile, size: Size, numel: int) -> float:
+    """Set the emulated device to the miniature of ``profile``; returns the latency of its copies."""
+    scale = numel / FULL_NUMEL
+    latency_s = profile.copy_latency_s * scale
+    sim.set_profile(
+        h2d_bytes_per_s=profile.both_bytes_per_s,
+        d2h_bytes_per_s=profile.both_bytes_per_s,
+        pageable_bytes_per_s=profile.both_bytes_per_s,
+        memory_bytes_per_s=profile.device_memory_bytes_per_s,
+        flops=profile.device_flops * size.tokens / FULL_TOKENS,
+        latency_s=latency_s,
+        launch_s=profile.launch_latency_s * scale,
+    )
+    sim.configure("sync", capacity="4GiB", races=False, poison=False)
+    return latency_s
+
+
+def configuration(size: Size, offload_optimizer: dict[str, Any], block: dict[str, Any] | None) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": CLIP,
+        "bf16": {"enabled": True},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "weight_decay": 0.01}},
+        "zero_optimization": {
+            "stage": 3, "sub_group_size": size.sub_group_size, "overlap_comm": True,
+            "stage3_param_persistence_threshold": 0, "reduce_bucket_size": size.sub_group_size,
+            "stage3_prefetch_bucket_size": size.sub_group_size,
+            "offload_optimizer": {"device": "cpu", "pin_memory": True, **offload_optimizer},
+        },
+        "steps_per_print": 10**9,
+        "timers": {"throughput": {"enabled": False}},  # else each step waits for the whole device
+    }  # fmt: skip
+    return found if block is None else {**found, "interleaved_offload": block}
+
+
+def measure(
+    profile: HardwareProfile, size: Size, offload_optimizer: dict[str, Any], block: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Virtual seconds of an iteration, its parts, and bytes a parameter and direction."""
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+
+    from offload.integrations.deepspeed import initialize
+
+    torch.manual_seed(0)
+    model = Miniature(size)
+    numel = sum(p.numel() for p in model.parameters())
+    latency_s = emulate(profile, size, numel)
+    with mock.patch.object(CPUAdamBuilder, "load", return_value=UpdateInPlace()):
+        engine, *_ = initialize(
+            model=model, config=configuration(size, offload_optimizer, block), model_parameters=model.parameters()
+        )
+    x = torch.randn(size.tokens, size.width, dtype=torch.bfloat16).to("sim")
+    partition = None if block is None else engine.optimizer.offloaded.partition
+    parts: dict[str, list[float]] = {"forward_s": [], "backward_s": [], "step_s": [], "iteration_s": []}
+
+    def now_s() -> float:
+        torch.accelerator.synchronize()
+        return sim.host_time_s()
+
+    def iterate() -> None:
+        times_s = [now_s()]
+        loss = engine(x)
+        times_s.append(now_s())
+        engine.backward(loss)
+        times_s.append(now_s())
+        engine.step()
+        times_s.append(now_s())
+        spent = [end - begin for begin, end in itertools.pairwise(times_s)]
+        for name, seconds in zip(parts, (*spent, sum(spent)), strict=True):
+            parts[name].append(seconds)
+
+    with charged(HostRates.of(profile), lambda i: 0 if partition is None else partition.runtime.subgroups[i].numel):
+        for _ in range(size.num_warm_up if block is not None else 2):
+            iterate()
+        for seconds in parts.values():
+            seconds.clear()
+        num_before = len(sim.trace())
+        for _ in range(size.num_steps):
+            iterate()
+    spans = sim.trace()[num_before:]
+    moved = {
+        f"{engine_name}_bytes_per_param": sum(
+            max(0.0, span.end_s - span.start_s - latency_s) for span in spans if span.engine == engine_name
+        )
+        * profile.both_bytes_per_s / numel / size.num_steps
+        for engine_name in ("d2h", "h2d")
+    }  # fmt: skip
+    found = {name: statistics.median(seconds) for name, seconds in parts.items()} | moved
+    if partition is not None:
+        found["plan"] = str(partition.plan)
+    engine.destroy()
+    return found | {"numel": numel}
+
+
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
+    "zero_offload": ({}, None),
+    "twinflow": ({"ratio": 0.5}, None),
+    "ours_host": ({}, {"plan": "host"}),
+    "ours": ({}, {"plan": "auto"}),
+    "ours_static": ({}, {"resident_fraction": 0.5}),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a smaller model and fewer steps")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser.add_argument("--profile", default=PROFILE, help=f"hardware profile by name or file (default: {PROFILE})")
+    options = parser.parse_args()
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+
+    from offload.integrations.deepspeed.emulated import use_emulated_device
+
+    use_emulated_device()
+    profile, size = HardwareProfile.load(options.profile), QUICK if options.quick else FULL
+    print(f"{'simulated, ' + profile.name:<32}  forward backward     step      all  down    up (bytes a parameter)")
+    cases = {}
+    for name, arguments in CASES.items():
+        case = cases[name] = measure(profile, size, *arguments)
+        gc.collect()  # engines are cycles, and the next case wants their memory
+        seconds = "".join(f"{1e3 * case[part]:9.4f}" for part in ("forward_s", "backward_s", "step_s", "iteration_s"))
+        moved = f"{case['d2h_bytes_per_param']:6.2f}{case['h2d_bytes_per_param']:6.2f}"
+        print(f"{name + ', ms':<32}{seconds}{moved}", flush=True)
+    ours_s = cases["ours"]["iteration_s"]
+    found: dict[str, Any] = {
+        "profile": f"{profile.name} (simulated)",
+        "clipping": CLIP,
+        "cases": cases,
+        "vs_zero_offload": cases["zero_offload"]["iteration_s"] / ours_s,
+        "vs_twinflow": cases["twinflow"]["iteration_s"] / ours_s,
+        "vs_twinflow_same_share": cases["twinflow"]["iteration_s"] / cases["ours_static"]["iteration_s"],
+    }
+    for key in ("vs_zero_offload", "vs_twinflow", "vs_twinflow_same_share"):
+        print(f"{key}: {found[key]:.2f}x (simulated)")
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

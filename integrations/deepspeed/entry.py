@@ -1,0 +1,89 @@
+"""``initialize`` in the place of ``deepspeed.initialize``, and ``install`` for code that cannot change its call."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import deepspeed
+
+from . import seams
+from .config import BLOCK, ConfigError, Settings, split_config
+from .stage3 import OffloadedStage3
+from .stage12 import OffloadedStage12
+
+logger = logging.getLogger("offload")
+
+DEFAULT_SUB_GROUP_SIZE = 10**9  # DeepSpeed's
+_stock_initialize: Callable[..., Any] = deepspeed.initialize
+
+
+def initialize(*args: Any, **kwargs: Any) -> Any:
+    """``deepspeed.initialize``: the same arguments and results.
+
+    With a block ``"interleaved_offload"`` in the configuration the optimizer's states are in our runtime and updated as
+    its plan says; without one, DeepSpeed does what it always does.
+
+    Returns:
+        DeepSpeed's engine, optimizer, data loader and scheduler. ``engine.optimizer.offloaded.partition`` has the plan,
+        the bill and ``explain()``.
+
+    Raises:
+        ConfigError: for keys that are unknown or in conflict, naming what to change.
+        SeamError: if this version of DeepSpeed does not have what the plugin needs.
+        BudgetError: if a budget does not hold what is asked for.
+    """
+    bound = inspect.signature(_stock_initialize).bind(*args, **kwargs)
+    name, config = _find_config(bound.arguments)
+    if config is None:
+        return _stock_initialize(*args, **kwargs)
+    split = split_config(config)
+    if split.settings is None:
+        return _stock_initialize(*args, **kwargs)
+    bound.arguments[name] = split.deepspeed
+    stage = split.deepspeed["zero_optimization"]["stage"]
+    seams.check(seams.STAGE3_SEAMS if stage == 3 else seams.STAGE12_SEAMS)
+    with seams.zero_classes(*_classes(split.settings, split.deepspeed["zero_optimization"])):
+        return _stock_initialize(*bound.args, **bound.kwargs)
+
+
+def _find_config(arguments: dict[str, Any]) -> tuple[str, Any]:
+    """The configuration and the argument that it is to be passed on by, as ``deepspeed.initialize`` finds it."""
+    for name in ("config", "config_params"):
+        if arguments.get(name) is not None:
+            return name, arguments[name]
+    path = getattr(arguments.get("args"), "deepspeed_config", None)
+    if path is not None:
+        arguments["args"].deepspeed_config = None  # DeepSpeed refuses two
+    return "config", path
+
+
+def _classes(settings: Settings, zero: dict[str, Any]) -> tuple[type, type]:
+    """The two ZeRO optimizers with one engine's settings."""
+    stage3 = type(OffloadedStage3.__name__, (OffloadedStage3,), {"settings": settings})
+    sub_group_size = int(zero.get("sub_group_size", DEFAULT_SUB_GROUP_SIZE))
+    members = {"settings": settings, "sub_group_size": sub_group_size}
+    return stage3, type(OffloadedStage12.__name__, (OffloadedStage12,), members)
+
+
+class Installed:
+    """What :func:`install` did; :meth:`remove` undoes it."""
+
+    def remove(self) -> None:
+        """Give ``deepspeed.initialize`` back. Engines made meanwhile go on as they are."""
+        if deepspeed.initialize is initialize:
+            deepspeed.initialize = _stock_initialize
+
+
+def install() -> Installed:
+    """Make ``deepspeed.initialize`` :func:`initialize`, for code that calls it itself (Trainer, Accelerate).
+
+    Calling it again changes nothing.
+    """
+    deepspeed.initialize = initialize
+    return Installed()
+
+
+__all__ = ["BLOCK", "ConfigError", "Installed", "initialize", "install"]

@@ -1,0 +1,113 @@
+"""ZeRO stages 1 and 2 whose optimizer state lives in our runtime."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from deepspeed import comm
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor
+
+from . import seams
+from .config import Settings
+from .partition import default_subgroup_numel
+from .update import ShardUpdate
+
+
+class OffloadedStage12(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSpeed has no types
+    """DeepSpeed's stages 1 and 2 as they are without offloading, but for masters, moments and the update.
+
+    Each parameter group's share of this rank is one flat parameter tensor, cut into subgroups of the plan.
+    """
+
+    settings: ClassVar[Settings]
+    sub_group_size: ClassVar[int]
+    # DeepSpeed's constructor puts fp32 masters on `device`: into host memory then, since a device that needs
+    # offloading may have no room for them. From initialize_optimizer_states on it is the device.
+    _master_device: Any = "cpu"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        seams.check_attributes(self, seams.STAGE12_ATTRIBUTES)
+        self._lazy_init_hp_params_optimizer_state()
+
+    @property
+    def device(self) -> Any:
+        return self._master_device
+
+    @device.setter
+    def device(self, device: Any) -> None:
+        self._device_of_run = device
+
+    # ---- construction: DeepSpeed's constructor calls this when partitions are made
+
+    def initialize_optimizer_states(self) -> None:
+        self._master_device = self._device_of_run
+        flats = self._own_partitions()
+        numel = sum(flat.numel() for flat in flats)
+        self.offloaded = ShardUpdate(
+            self.optimizer,
+            flats,
+            range(len(flats)),
+            self.settings.options(),
+            max_subgroup_numel=default_subgroup_numel(numel, self.sub_group_size),
+        )
+        self.single_partition_of_fp32_groups[:] = self.offloaded.masters
+        for group, master in zip(self.optimizer.param_groups, self.offloaded.masters, strict=True):
+            group["params"] = [master]
+
+    def _own_partitions(self) -> list[Tensor]:
+        """This rank's share of each parameter group, in the training dtype on the device."""
+        return [
+            partitions[comm.get_rank(group=process_group)]
+            for partitions, process_group in zip(
+                self.parallel_partitioned_bit16_groups, self.real_dp_process_group, strict=True
+            )
+        ]
+
+    # ---- the step
+
+    def step(self, closure: Any = None) -> None:
+        """DeepSpeed's, with partitions of the training dtype where it expects fp32 ones.
+
+        So it casts no gradient, and its copies of new parameters are of a tensor to itself.
+        """
+        self._keep_gradients_until_read()
+        self.single_partition_of_fp32_groups = self._own_partitions()
+        try:
+            super().step(closure)
+        finally:
+            for flat in self.single_partition_of_fp32_groups:
+                flat.grad = None
+            self.single_partition_of_fp32_groups = list(self.offloaded.masters)
+
+    def _keep_gradients_until_read(self) -> None:
+        """Reduced on DeepSpeed's stream, they are read on the current one, and their memory given back to the first."""
+        for gradients in self.averaged_gradients.values():
+            for grad in gradients or ():
+                if grad.device.type != "cpu":
+                    grad.record_stream(torch.accelerator.current_stream())
+
+    def unscale_and_clip_grads(self, grad_groups_flat: list[Tensor], total_norm: Tensor | None) -> None:
+        self.offloaded.set_grad_scale(total_norm, self.loss_scale, self.clip_grad)
+
+    def _optimizer_step(self, group_no: int) -> None:
+        """The last group's turn is everyone's: the plan orders the updates."""
+        flat = self.single_partition_of_fp32_groups[group_no]
+        assert flat.grad is not None
+        self.offloaded.put_grad(group_no, flat.grad)
+        if group_no == len(self.bit16_groups) - 1:
+            self.offloaded.step_put_grads()
+            # Parameters refer to fragments of our states, which anyone may read without asking us.
+            self.offloaded.synchronize()
+
+    # ---- loading
+
+    @torch.no_grad()
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super().load_state_dict(*args, **kwargs)
+        self.offloaded.adopt()
+        self._link_all_hp_params()
+        self._hp_optimizer_states_linked = False
+        self._lazy_init_hp_params_optimizer_state()

@@ -1,0 +1,84 @@
+"""ZeRO stage 3 whose optimizer state lives in our runtime."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from torch import Tensor
+
+from . import seams
+from .config import Settings
+from .update import ShardUpdate
+
+
+class OffloadedStage3(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[misc]  # DeepSpeed has no types
+    """DeepSpeed's stage 3 as it is without offloading, but for masters, moments and the update, which are ours.
+
+    Each of DeepSpeed's sub-groups is one flat parameter tensor and one subgroup of the plan; its gradients are one
+    piece of DeepSpeed's flat gradient buffer.
+    """
+
+    settings: ClassVar[Settings]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        seams.check_attributes(self, seams.STAGE3_ATTRIBUTES)
+
+    # ---- construction: DeepSpeed's constructor calls these two
+
+    def _create_fp32_partitions(self) -> None:
+        self.offloaded = ShardUpdate(
+            self.optimizer,
+            self.fp16_partitioned_groups_flat,
+            [self.sub_group_to_group_id[i] for i in range(len(self.fp16_partitioned_groups_flat))],
+            self.settings.options(),
+        )
+        self.fp32_partitioned_groups_flat.extend(self.offloaded.masters)
+        for group in self.optimizer.param_groups:
+            group["params"] = []  # filled while DeepSpeed saves and loads
+
+    def initialize_optimizer_states(self) -> None:
+        """They are there since :meth:`_create_fp32_partitions`."""
+
+    # ---- the step, sub-group by sub-group
+
+    def _prepare_sub_group(self, sub_group_id: int, timer_names: set[str]) -> None:
+        self.averaged_gradients[sub_group_id] = None  # it stays in the flat buffer
+
+    def unscale_and_clip_grads(self, sub_group_id: int, total_norm: Tensor) -> None:
+        self.offloaded.set_grad_scale(total_norm, self.loss_scale, self.clip_grad)
+
+    def _optimizer_step(self, sub_group_id: int) -> None:
+        """The last sub-group's turn is everyone's: the plan orders the updates."""
+        if sub_group_id == len(self.fp16_partitioned_groups_flat) - 1:
+            sizes = [flat.numel() for flat in self.fp16_partitioned_groups_flat]
+            self.offloaded.step(self.grad_partitions_flat_buffer.split(sizes))
+
+    def _reassign_or_swap_out_partitioned_parameters(self, sub_group_id: int) -> None:
+        """The update has written the parameters."""
+
+    def _release_sub_group(self, sub_group_id: int, timer_names: set[str]) -> None:
+        """Nothing was taken."""
+
+    # ---- whoever reads or writes states waits for those in flight
+
+    def _get_fp32_opt_state_partition(self, *args: Any, **kwargs: Any) -> Any:
+        self.offloaded.synchronize()
+        return super()._get_fp32_opt_state_partition(*args, **kwargs)
+
+    def _restore_from_bit16_weights(self) -> None:
+        self.offloaded.synchronize()
+        super()._restore_from_bit16_weights()
+
+    def state_dict(self) -> dict[str, Any]:
+        self.offloaded.synchronize()
+        state_dict: dict[str, Any] = super().state_dict()
+        return state_dict
+
+    @torch.no_grad()
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.offloaded.synchronize()
+        super().load_state_dict(*args, **kwargs)
+        self.offloaded.adopt()
