@@ -15,11 +15,18 @@ from offload.pool import BudgetError
 if TYPE_CHECKING:
     from offload.calibration import calibrate
     from offload.estimate import measured_budget
+    from offload.streaming import StreamHandle, StreamPlan, stream
 
 __version__ = "0.1.0"
 
 # Imported when first asked for: a training script seldom does.
-_LAZY = {"calibrate": "offload.calibration", "measured_budget": "offload.estimate"}
+_LAZY = {
+    "StreamHandle": "offload.streaming",
+    "StreamPlan": "offload.streaming",
+    "calibrate": "offload.calibration",
+    "measured_budget": "offload.estimate",
+    "stream": "offload.streaming",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -43,8 +50,11 @@ __all__ = [
     "Prediction",
     "Rates",
     "Static",
+    "StreamHandle",
+    "StreamPlan",
     "Stride",
     "calibrate",
     "lower",
     "measured_budget",
+    "stream",
 ]

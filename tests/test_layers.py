@@ -28,7 +28,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
             {"planner", "tracing"},
             {"candidates"},
             {"controller", "jobs"},
-            {"runtime"},
+            {"runtime", "streaming"},
             {"arguments", "explain"},
             {"optimizer", "cli"},
             {"__init__"},
