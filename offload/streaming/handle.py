@@ -35,7 +35,7 @@ def device_bytes_of(tensors: Iterable[Tensor]) -> int:
 
 
 class Refusal:
-    """Stands in for a module's ``_apply``, through which all methods that move or cast it go."""
+    """Stands in for a module's ``_apply``, through which all methods that move or cast it go, and refuses copies."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -44,6 +44,12 @@ class Refusal:
         raise RuntimeError(
             f"{_MOVERS} would move weights of {self._name} that are streamed to the device as it runs; leave the model "
             f"where it is, or call remove() on the handle that offload.stream returned first"
+        )
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        """Copying or pickling the module comes here too. The copy's forward would run the original."""
+        raise TypeError(
+            f"{self._name} streams and cannot be copied or pickled: save its state_dict(), or call remove() first"
         )
 
 
@@ -99,10 +105,10 @@ class StreamHandle:
             host_bytes=host.num_bytes,
             pinned_bytes=host.pinned_bytes,
         )
-        source = HostSource(self._layers, self._arena, ring, self._lanes, accelerator)
+        self._source = HostSource(self._layers, self._arena, ring, self._lanes, accelerator)
         engine = Engine(
             [layer.num_bytes for layer in self._layers],
-            source,
+            self._source,
             Arena(plan.arena_bytes),
             CallOrder(len(self._layers)),
             self._lanes,
@@ -203,10 +209,8 @@ class StreamHandle:
             tensor.data = tensor.data.to("cpu")
         self._base, self._residents = [], []
         self._streamer.close()
-        self._arena = torch.empty(0, dtype=torch.uint8)
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("a model that streams cannot be copied or pickled; save its state_dict(), or remove() first")
+        self._source.close()
+        self._arena = self._arena.new_empty(0)
 
 
 def _fields(bill: StreamBill) -> dict[str, int]:

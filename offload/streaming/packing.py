@@ -111,3 +111,7 @@ class PackedLayer:
                 changed = i
             tensor.data = view
         return changed
+
+    def forget_device(self) -> None:
+        """Hold on to the device buffer no longer."""
+        self._visiting = None

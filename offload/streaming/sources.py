@@ -94,6 +94,10 @@ class HostSource:
         self._free.append(self._read.pop(layer))
         return stage.uploaded
 
+    def close(self) -> None:
+        """Let go of the device buffer. Nothing is in flight."""
+        self._arena = self._arena.new_empty(0)
+
     def _staged(self, layer: int) -> _Stage:
         """The buffer that holds ``layer`` as it is now, once its read is done."""
         stage = self._read.get(layer)

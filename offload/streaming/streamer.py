@@ -160,6 +160,8 @@ class Streamer:
         """Let go of the device buffer. Nothing is in flight."""
         if self.progress is not None:
             self.progress.close()
+        for layer in self._layers:
+            layer.forget_device()
         self._arena = self._arena.new_empty(0)
 
 
