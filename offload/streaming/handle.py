@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn
 
@@ -15,6 +16,7 @@ from offload.pool import BudgetError, format_bytes
 from offload.streaming.arena import Arena, round_up
 from offload.streaming.blocks import Block
 from offload.streaming.engine import Engine
+from offload.streaming.gradients import StreamedGradients
 from offload.streaming.host_memory import HostMemory
 from offload.streaming.newcomers import Newcomers
 from offload.streaming.order import CallOrder
@@ -117,7 +119,7 @@ class StreamHandle:
         )
         bar = Progress(len(streamed), plan.streamed_bytes) if progress else None
         self._streamer = Streamer(
-            streamed, self._layers, self._arena, engine, self._lanes, before_pass=self._adopt_newcomers, progress=bar
+            streamed, self._layers, self._arena, engine, self._lanes, before_pass=self._before_pass, progress=bar
         )
         self._newcomers = Newcomers(model)
         self._wrapped = self._wrap(streamed)
@@ -135,13 +137,48 @@ class StreamHandle:
 
     # ---- while it streams
 
+    def _before_pass(self) -> None:
+        self._adopt_newcomers()
+        if self._streamer.trains():
+            self._prepare_gradients()
+
+    def _prepare_gradients(self) -> None:
+        """Host memory for the gradients of streamed weights, at the first pass that trains them."""
+        gradients = self._streamer.gradients
+        if gradients is not None and gradients.covers(self._layers):
+            return
+        if gradients is not None:
+            gradients.remove()
+        host = HostMemory(self._accelerator)
+        self._streamer.gradients = StreamedGradients(
+            self._layers, self._lanes, lambda num_bytes: host.slab(num_bytes)[0], self._streamer.begin_backward
+        )
+        self.bill = replace(
+            self.bill,
+            host_bytes=self.bill.host_bytes + host.num_bytes,
+            pinned_bytes=self.bill.pinned_bytes + host.pinned_bytes,
+        )
+
+    def host_parameters(self) -> list[nn.Parameter]:
+        """The model's parameters that live in host memory between passes, and their gradients with them.
+
+        An optimizer over these runs on the CPU; one over :meth:`device_parameters` on the device.
+        """
+        streamed = {id(tensor) for layer in self._layers for tensor in layer.tensors}
+        return [param for param in self._model.parameters() if id(param) in streamed]
+
+    def device_parameters(self) -> list[nn.Parameter]:
+        """The model's parameters that stay on the device."""
+        streamed = {id(tensor) for layer in self._layers for tensor in layer.tensors}
+        return [param for param in self._model.parameters() if id(param) not in streamed]
+
     def _adopt_newcomers(self) -> None:
         """Weights that joined the model since the last pass stay on the device."""
         found = self._newcomers.find()
         if not found:
             return
         num_bytes = device_bytes_of(found)
-        bill = StreamBill(**{**_fields(self.bill), "base_bytes": self.bill.base_bytes + num_bytes})
+        bill = replace(self.bill, base_bytes=self.bill.base_bytes + num_bytes)
         if bill.weight_bytes > self._budget_bytes:
             raise BudgetError(
                 f"{len(found)} weights of {format_bytes(num_bytes)} joined the model, and with them it takes "
@@ -211,10 +248,6 @@ class StreamHandle:
         self._streamer.close()
         self._source.close()
         self._arena = self._arena.new_empty(0)
-
-
-def _fields(bill: StreamBill) -> dict[str, int]:
-    return {name: getattr(bill, name) for name in StreamBill.__dataclass_fields__}
 
 
 def _move_packed(block: Block, packing: Packing, device: torch.device) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from offload.lanes import Lane, Lanes
 from offload.streaming.blocks import Block
 from offload.streaming.engine import Engine
+from offload.streaming.gradients import StreamedGradients
 from offload.streaming.packing import PackedLayer
 from offload.streaming.progress import Progress
 from offload.streaming.saved import SavedTensorHooks, inside_backward
@@ -34,6 +35,7 @@ class Streamer:
         progress: Progress | None,
     ) -> None:
         self.before_pass = before_pass
+        self.gradients: StreamedGradients | None = None  # once something streamed is trained
         self.progress = progress
         self._blocks = blocks
         self._layers = layers
@@ -43,6 +45,7 @@ class Streamer:
         self._offsets: dict[int, int] = {}  # of layers entered and not left
         self.calls: list[_Call] = []  # of streamed blocks, not returned yet
         self._depth = 0  # of calls of the model and the modules around blocks
+        self._is_backward_open = False
         self._in_backward: int | None = None  # the layer whose backward is being submitted
         # Copies in flight use the arena and the slabs; at exit the device's own teardown waits.
         weakref.finalize(self, _wait_for_copies, lanes.h2d, lanes.d2h).atexit = False
@@ -61,7 +64,7 @@ class Streamer:
         if self._depth == 0 and not inside_backward():
             self.end_backward()  # of a backward that failed
             self.before_pass()
-            self._engine.begin_pass(training=torch.is_grad_enabled(), wraps=not self._trains())
+            self._engine.begin_pass(training=torch.is_grad_enabled(), wraps=not self.trains())
             if self.progress is not None:
                 self.progress.begin_pass()
         self._depth += 1  # last: a call that is refused above is not left
@@ -74,7 +77,8 @@ class Streamer:
             if self.progress is not None:
                 self.progress.end_pass()
 
-    def _trains(self) -> bool:
+    def trains(self) -> bool:
+        """Whether a backward of what is called now has gradients for streamed weights."""
         return torch.is_grad_enabled() and any(t.requires_grad for layer in self._layers for t in layer.tensors)
 
     # ---- layers
@@ -136,15 +140,20 @@ class Streamer:
             copy = self._arena[offset : offset + size].clone()
             self._engine.leave(layer)
             return copy
+        self.begin_backward()
         if self._in_backward != layer:
-            if self._in_backward is None:
-                # Runs when all of this backward() is done. Private to autograd, but what FSDP and DDP are built on.
-                torch.autograd.Variable._execution_engine.queue_callback(self.end_backward)
             self._leave_backward()
             self._offsets[layer] = self._engine.enter(layer)
             self._in_backward = layer
         offset = self._offsets[layer]
         return self._arena[offset : offset + size]
+
+    def begin_backward(self) -> None:
+        """Backward has reached streamed blocks; calling it again does nothing."""
+        if not self._is_backward_open:
+            self._is_backward_open = True
+            # Runs when all of this backward() is done. Private to autograd, but what FSDP and DDP are built on.
+            torch.autograd.Variable._execution_engine.queue_callback(self.end_backward)
 
     def _leave_backward(self) -> None:
         if self._in_backward is not None:
@@ -155,11 +164,16 @@ class Streamer:
     def end_backward(self) -> None:
         """All of a backward was submitted, or it failed."""
         self._leave_backward()
+        self._is_backward_open = False
+        if self.gradients is not None and self.gradients.end_backward():
+            self._engine.drop_all()  # an optimizer changes these weights next, perhaps behind autograd's back
 
     def close(self) -> None:
         """Let go of the device buffer. Nothing is in flight."""
         if self.progress is not None:
             self.progress.close()
+        if self.gradients is not None:
+            self.gradients.remove()
         for layer in self._layers:
             layer.forget_device()
         self._arena = self._arena.new_empty(0)
