@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -306,3 +307,14 @@ def test_weights_unfrozen_later_get_gradients() -> None:
     model.requires_grad_(True)
     loss_of(model, 0).backward()
     assert_same_bits(gradients(model), reference_gradients())
+
+
+def test_graphs_and_handles_are_freed() -> None:
+    """Also a graph whose backward never ran, and without remove()."""
+    model = build()
+    handle = streamed(model)
+    loss_of(model, 0).backward()
+    loss = loss_of(model, 1)
+    del model, handle, loss
+    gc.collect()
+    assert torch.accelerator.memory_allocated() == 0

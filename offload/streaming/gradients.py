@@ -11,6 +11,7 @@ Between passes ``param.grad`` is in pinned host memory, beside the weight, so th
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -53,14 +54,14 @@ class StreamedGradients:
                     index = len(self._params)
                     self._params.append(param)
                     self._homes.append(home)
-                    self._handles += _hooked(param, partial(self._before, index), partial(self._take, index))
+                    self._handles += _hooked(self, index, param)
 
     def covers(self, layers: Sequence[PackedLayer]) -> bool:
         """Whether every weight that is trained now has its place."""
         known = {id(param) for param in self._params}
         return all(id(t) in known for layer in layers for t in layer.tensors if t.requires_grad)
 
-    def _before(self, index: int, grad: Tensor) -> None:
+    def before(self, index: int, grad: Tensor) -> None:
         """``grad`` is about to be accumulated. What is on the host is put aside: it is on another device."""
         self._on_gradient()
         param = self._params[index]
@@ -69,7 +70,7 @@ class StreamedGradients:
             param.grad = None
 
     @torch.no_grad()
-    def _take(self, index: int, param: Tensor) -> None:
+    def take(self, index: int, param: Tensor) -> None:
         """``param.grad`` is new: send it down, and show where it will be."""
         grad, home = param.grad, self._homes[index]
         assert grad is not None
@@ -82,7 +83,15 @@ class StreamedGradients:
         self._arrived[index] = self._lanes.d2h.submit(work, after=(self._lanes.compute.mark(),))
         if isinstance(self._lanes.d2h, StreamLane):
             grad.record_stream(self._lanes.d2h.stream)
+        self._show(param, home)
+
+    @staticmethod
+    def _show(param: Tensor, home: Tensor) -> None:
+        """Assign ``param.grad``, which torch allows only where weight and gradient are on one device."""
+        visiting = param.data
+        param.data = home
         param.grad = home
+        param.data = visiting
 
     def end_backward(self) -> bool:
         """Wait for the gradients of this backward; whether there were any."""
@@ -99,8 +108,22 @@ class StreamedGradients:
             handle.remove()
 
 
-def _hooked(param: Tensor, before: Callable[[Tensor], None], after: Callable[[Tensor], None]) -> list[RemovableHandle]:
-    """Run ``before(gradient)`` before a gradient is accumulated and ``after(param)`` afterwards."""
+def _hooked(owner: StreamedGradients, index: int, param: Tensor) -> list[RemovableHandle]:
+    """Call ``owner`` before a gradient of ``param`` is accumulated, and afterwards.
+
+    The hooks do not keep their owner alive: it holds the parameters, and the collector does not see through autograd's
+    side of that circle.
+    """
+    reference = weakref.ref(owner)
+
+    def before(grad: Tensor) -> None:
+        if (found := reference()) is not None:
+            found.before(index, grad)
+
+    def after(param: Tensor) -> None:
+        if (found := reference()) is not None:
+            found.take(index, param)
+
     return [
         param.register_hook(before),  # type: ignore[no-untyped-call]
         param.register_post_accumulate_grad_hook(after),  # type: ignore[no-untyped-call]

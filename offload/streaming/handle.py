@@ -144,14 +144,14 @@ class StreamHandle:
 
     def _prepare_gradients(self) -> None:
         """Host memory for the gradients of streamed weights, at the first pass that trains them."""
-        gradients = self._streamer.gradients
+        gradients = self._streamer.backward.gradients
         if gradients is not None and gradients.covers(self._layers):
             return
         if gradients is not None:
             gradients.remove()
         host = HostMemory(self._accelerator)
-        self._streamer.gradients = StreamedGradients(
-            self._layers, self._lanes, lambda num_bytes: host.slab(num_bytes)[0], self._streamer.begin_backward
+        self._streamer.backward.gradients = StreamedGradients(
+            self._layers, self._lanes, lambda num_bytes: host.slab(num_bytes)[0], self._streamer.backward.open
         )
         self.bill = replace(
             self.bill,

@@ -38,7 +38,10 @@ class SavedWeight:
 
 @dataclass(frozen=True, slots=True)
 class _Activation:
-    """A saved tensor that is no weight, and its version: hooks replace autograd's own check of in-place changes."""
+    """A saved tensor that is no weight, and its version: hooks replace autograd's own check of in-place changes.
+
+    It is detached, since what is packed must not refer to the node that holds it, and shares the counter of versions.
+    """
 
     tensor: Tensor
     version: int
@@ -67,7 +70,7 @@ class SavedTensorHooks:
             if self._is_weight(tensor):
                 layer, offset_bytes = self._locate(int(tensor.storage_offset()) * tensor.itemsize)
                 return SavedWeight(layer, offset_bytes, tensor.shape, tensor.stride(), tensor.dtype)
-            return outer[0](tensor) if outer else _Activation(tensor, tensor._version)
+            return outer[0](tensor) if outer else _Activation(tensor.detach(), tensor._version)
 
         def unpack(packed: Any) -> Tensor:
             if isinstance(packed, SavedWeight):

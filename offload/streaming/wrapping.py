@@ -15,7 +15,7 @@ from torch import nn
 from torch.compiler import disable
 
 F = TypeVar("F", bound=Callable[..., Any])
-Around = Callable[[], AbstractContextManager[Any]]
+Around = Callable[[], "Untraced"]
 
 
 class WrappedForward:
@@ -32,8 +32,8 @@ class WrappedForward:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if self._around is None:
                 return original(*args, **kwargs)
-            with self._around():
-                return original(*args, **kwargs)
+            with self._around() as call:
+                return call.returned(original(*args, **kwargs))
 
         self._forward = forward
         module.forward = forward
@@ -55,16 +55,27 @@ def untraced(function: F) -> F:
     return result
 
 
-class Untraced(AbstractContextManager[None]):
-    """``enter()`` and ``leave(error)`` around a block, left out of what ``torch.compile`` traces."""
+class Untraced(AbstractContextManager["Untraced"]):
+    """What runs around a call: ``enter()``, ``returned(output)`` and ``leave(error)``; ``torch.compile`` skips them."""
 
-    def __init__(self, enter: Callable[[], None], leave: Callable[[BaseException | None], None]) -> None:
+    def __init__(
+        self,
+        enter: Callable[[], None],
+        leave: Callable[[BaseException | None], None],
+        returned: Callable[[Any], Any] | None = None,
+    ) -> None:
         self._enter = enter
         self._leave = leave
+        self._returned = returned
 
     @untraced
-    def __enter__(self) -> None:
+    def __enter__(self) -> Untraced:
         self._enter()
+        return self
+
+    @untraced
+    def returned(self, output: Any) -> Any:
+        return output if self._returned is None else self._returned(output)
 
     @untraced
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
