@@ -168,7 +168,8 @@ class StreamHandle:
         return [param for param in self._model.parameters() if id(param) in streamed]
 
     def device_parameters(self) -> list[nn.Parameter]:
-        """The model's parameters that stay on the device."""
+        """The model's parameters that stay on the device, adapters that joined since the last call included."""
+        self._adopt_newcomers()
         streamed = {id(tensor) for layer in self._layers for tensor in layer.tensors}
         return [param for param in self._model.parameters() if id(param) not in streamed]
 
