@@ -57,11 +57,15 @@ class Block(nn.Module):
 
 
 class Chain(nn.Module):
+    """Blocks behind a small module of another kind, without which diffusers 0.42 neither prefetches nor waits."""
+
     def __init__(self, inners: Sequence[int]) -> None:
         super().__init__()
+        self.stem = nn.LayerNorm(WIDTH)
         self.blocks = nn.ModuleList(Block(inner) for inner in inners)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
         for block in self.blocks:
             x = block(x)
         return x
