@@ -15,7 +15,7 @@ from offload.pool import BudgetError
 if TYPE_CHECKING:
     from offload.calibration import calibrate
     from offload.estimate import measured_budget
-    from offload.streaming import StreamHandle, StreamPlan, stream
+    from offload.streaming import StreamHandle, StreamPlan, stream, stream_from_pretrained
 
 __version__ = "0.1.0"
 
@@ -26,6 +26,7 @@ _LAZY = {
     "calibrate": "offload.calibration",
     "measured_budget": "offload.estimate",
     "stream": "offload.streaming",
+    "stream_from_pretrained": "offload.streaming",
 }
 
 
@@ -57,4 +58,5 @@ __all__ = [
     "lower",
     "measured_budget",
     "stream",
+    "stream_from_pretrained",
 ]

@@ -7,5 +7,6 @@ Read :mod:`offload.streaming.engine` first (the loop), then :mod:`offload.stream
 from offload.streaming.attach import stream
 from offload.streaming.handle import StreamHandle
 from offload.streaming.placement import StreamBill, StreamPlan
+from offload.streaming.pretrained import stream_from_pretrained
 
-__all__ = ["StreamBill", "StreamHandle", "StreamPlan", "stream"]
+__all__ = ["StreamBill", "StreamHandle", "StreamPlan", "stream", "stream_from_pretrained"]

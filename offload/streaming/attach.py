@@ -12,6 +12,7 @@ from offload.accelerators import accelerator_for
 from offload.hardware import HardwareProfile
 from offload.pool import parse_bytes
 from offload.streaming.blocks import collect_weights, find_blocks
+from offload.streaming.checkpoint import is_mapped, spill
 from offload.streaming.handle import Refusal, StreamHandle, device_bytes_of
 from offload.streaming.newcomers import all_tensors
 from offload.streaming.packing import Packing
@@ -31,6 +32,7 @@ def stream(
     evict_batch: int = 1,
     resident: str | int | Sequence[str] = "auto",
     reserve: int | str | None = None,
+    disk: str | PathLike[str] | None = None,
     profile: HardwareProfile | str | PathLike[str] | None = None,
     progress: bool = False,
     verbose: bool = True,
@@ -53,6 +55,8 @@ def stream(
         resident: "auto" keeps what the budget holds on the device; a number of bytes, or a size as "2GiB", is an upper
             bound on that; names are exactly the blocks that stay.
         reserve: part of the budget left for activations, caches, gradients and adapters; None for an eighth of it.
+        disk: keep streamed weights in files of this folder instead of host memory, and read them ahead into a pinned
+            ring of a few blocks. Weights that are mapped from a checkpoint there already stay in its files.
         profile: the machine to predict passes for; None measures the link and predicts that alone.
         progress: show a progress bar over the blocks of each pass (needs tqdm).
         verbose: print where everything lives and how long a pass should take.
@@ -89,7 +93,11 @@ def stream(
     block_bytes = [packing.num_bytes for packing in packings]
     machine = None if profile is None else machine_of(profile, block_bytes)
     plan = place([block.name for block in found], block_bytes, room, machine)
-    handle = StreamHandle(model, found, packings, base, plan, accelerator, budget_bytes, reserve_bytes, progress)
+    if disk is not None:
+        spill([found[i] for i in plan.streamed if not is_mapped(found[i])], disk)
+    handle = StreamHandle(
+        model, found, packings, base, plan, accelerator, budget_bytes, reserve_bytes, progress, disk is not None
+    )
     handle.machine = handle.measure_link() if machine is None else machine
     if verbose:
         print(handle.explain())

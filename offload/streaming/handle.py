@@ -75,6 +75,7 @@ class StreamHandle:
         budget_bytes: int,
         reserve_bytes: int,
         progress: bool,
+        is_mapped: bool,
     ) -> None:
         self.plan = plan
         self.machine = Machine(1.0, (0.0,) * len(blocks))
@@ -88,7 +89,9 @@ class StreamHandle:
         self._residents = [weight.tensor for i in plan.resident for weight in blocks[i].weights]
         host = HostMemory(accelerator)
         self._layers = [
-            PackedLayer(block.weights, packings[i], *host.slab(packings[i].num_bytes))
+            PackedLayer.mapped(block.weights, packings[i])
+            if is_mapped
+            else PackedLayer.in_memory(block.weights, packings[i], *host.slab(packings[i].num_bytes))
             for i, block in zip(plan.streamed, streamed, strict=True)
         ]
         for i in plan.resident:
@@ -198,23 +201,22 @@ class StreamHandle:
     def measure_link(self) -> Machine:
         """The rate at which the largest streamed block goes up now. Computing is taken to cost nothing."""
         nothing = (0.0,) * len(self.plan.names)
-        pinned = [layer for layer in self._layers if layer.pinned() is not None]
+        pinned = [slab for layer in self._layers if (slab := layer.pinned()) is not None]
         if not pinned:
             return Machine(float("inf"), nothing)
-        layer = max(pinned, key=lambda layer: layer.num_bytes)
+        slab = max(pinned, key=lambda slab: slab.nbytes)
         lane = self._lanes.h2d
         assert isinstance(lane, StreamLane)
-        slab = layer.slab
         begin, end = (torch.Event(self._device, enable_timing=True) for _ in range(2))
         with lane.stream:
             lane.stream.wait_event(torch.accelerator.current_stream(self._device).record_event())
             for event in (begin, end):  # the first copy warms up
                 event.record(lane.stream)
-                self._arena[: layer.num_bytes].copy_(slab, non_blocking=True)
+                self._arena[: slab.nbytes].copy_(slab, non_blocking=True)
             last = torch.Event(self._device, enable_timing=True)
             last.record(lane.stream)
         last.synchronize()
-        return Machine(layer.num_bytes / (end.elapsed_time(last) * 1e-3), nothing)
+        return Machine(slab.nbytes / (end.elapsed_time(last) * 1e-3), nothing)
 
     def explain(self) -> str:
         """Where everything lives, what it takes, how long a pass takes at least and what binds."""

@@ -64,36 +64,63 @@ def _dense_stride(tensor: Tensor) -> tuple[int, ...]:
 
 
 class PackedLayer:
-    """One block's weights in host memory, where they are at rest: the model's tensors point here between passes.
+    """One block's weights where they are at rest, in host memory or a mapped file: between passes, the model's tensors
+    point here.
 
     Args:
-        weights: of the block, on any device; they are moved here one by one, so that no second copy of the block is
-            ever held.
-        slab: uint8, pinned or not, of at least the packing's bytes.
+        at_rest: a tensor for each weight.
+        slab: the memory that all of ``at_rest`` lie in as packed; None where each lies somewhere in a file.
     """
 
-    def __init__(self, weights: Sequence[NamedTensor], packing: Packing, slab: Tensor, is_pinned: bool) -> None:
+    def __init__(
+        self,
+        weights: Sequence[NamedTensor],
+        packing: Packing,
+        at_rest: Sequence[Tensor],
+        slab: Tensor | None,
+        is_pinned: bool,
+    ) -> None:
         self.packing = packing
         self.num_bytes = packing.num_bytes
-        self.slab = slab[: packing.num_bytes]
         self.tensors = [weight.tensor for weight in weights]
-        self.at_rest = packing.views(self.slab)
+        self.at_rest = list(at_rest)
+        self._slab = slab
         self._is_pinned = is_pinned
         self._versions: list[int] = []  # when the tensors last went to the device
         self._visiting: tuple[int, list[Tensor]] | None = None
-        for tensor, view in zip(self.tensors, self.at_rest, strict=True):
+
+    @classmethod
+    def in_memory(cls, weights: Sequence[NamedTensor], packing: Packing, slab: Tensor, is_pinned: bool) -> PackedLayer:
+        """Move weights into ``slab``, uint8, of at least the packing's bytes.
+
+        One by one, so that no second copy of the block is ever held.
+        """
+        slab = slab[: packing.num_bytes]
+        layer = cls(weights, packing, packing.views(slab), slab, is_pinned)
+        for tensor, view in zip(layer.tensors, layer.at_rest, strict=True):
             view.copy_(tensor.data)
             tensor.data = view
+        return layer
+
+    @classmethod
+    def mapped(cls, weights: Sequence[NamedTensor], packing: Packing) -> PackedLayer:
+        """Leave weights in the mapped file that they are in."""
+        return cls(weights, packing, [weight.tensor.data for weight in weights], None, False)
 
     def version(self) -> int:
         """Autograd's count of in-place changes, over all weights."""
         return sum(tensor._version for tensor in self.tensors)
 
     def pinned(self) -> Tensor | None:
-        return self.slab if self._is_pinned else None
+        return self._slab if self._is_pinned else None
 
     def read_into(self, stage: Tensor) -> None:
-        stage.copy_(self.slab)
+        if self._slab is not None:
+            stage.copy_(self._slab)
+            return
+        with torch.no_grad():
+            for view, tensor in zip(self.packing.views(stage), self.at_rest, strict=True):
+                view.copy_(tensor)
 
     def show_device(self, arena: Tensor, offset: int) -> None:
         """Let the model's tensors point to the block's copy at ``offset`` of the arena."""
