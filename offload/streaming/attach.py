@@ -13,7 +13,7 @@ from offload.hardware import HardwareProfile
 from offload.pool import parse_bytes
 from offload.streaming.blocks import collect_weights, find_blocks
 from offload.streaming.checkpoint import is_mapped, spill
-from offload.streaming.handle import Refusal, StreamHandle, device_bytes_of
+from offload.streaming.handle import Parts, Refusal, StreamHandle, device_bytes_of
 from offload.streaming.newcomers import all_tensors
 from offload.streaming.packing import Packing
 from offload.streaming.placement import Room, place
@@ -95,9 +95,8 @@ def stream(
     plan = place([block.name for block in found], block_bytes, room, machine)
     if disk is not None:
         spill([found[i] for i in plan.streamed if not is_mapped(found[i])], disk)
-    handle = StreamHandle(
-        model, found, packings, base, plan, accelerator, budget_bytes, reserve_bytes, progress, disk is not None
-    )
+    parts = Parts(model, found, packings, base, plan, room, is_mapped=disk is not None)
+    handle = StreamHandle(parts, accelerator, progress=progress)
     handle.machine = handle.measure_link() if machine is None else machine
     if verbose:
         print(handle.explain())

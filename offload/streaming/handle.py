@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NoReturn
 
@@ -21,7 +21,7 @@ from offload.streaming.host_memory import HostMemory
 from offload.streaming.newcomers import Newcomers
 from offload.streaming.order import CallOrder
 from offload.streaming.packing import PackedLayer, Packing
-from offload.streaming.placement import StreamBill, StreamPlan
+from offload.streaming.placement import Room, StreamBill, StreamPlan
 from offload.streaming.prediction import Machine, PassPrediction
 from offload.streaming.progress import Progress
 from offload.streaming.sources import HostSource
@@ -34,6 +34,25 @@ _MOVERS = "to(), cuda(), cpu(), half() and the like"
 def device_bytes_of(tensors: Iterable[Tensor]) -> int:
     """What tensors take on the device, as its allocator counts."""
     return sum(round_up(tensor.numel() * tensor.itemsize) for tensor in tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """A model taken apart.
+
+    Attributes:
+        blocks, packings: every block, and how its weights lie together.
+        base: parameters and buffers that are no streamed weights of any block.
+        is_mapped: the weights of streamed blocks lie in mapped files, and stay there.
+    """
+
+    model: nn.Module
+    blocks: Sequence[Block]
+    packings: Sequence[Packing]
+    base: Sequence[Tensor]
+    plan: StreamPlan
+    room: Room
+    is_mapped: bool
 
 
 class Refusal:
@@ -64,49 +83,38 @@ class StreamHandle:
         machine: what predictions are made for.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        blocks: Sequence[Block],
-        packings: Sequence[Packing],
-        base: Sequence[Tensor],
-        plan: StreamPlan,
-        accelerator: Accelerator,
-        budget_bytes: int,
-        reserve_bytes: int,
-        progress: bool,
-        is_mapped: bool,
-    ) -> None:
+    def __init__(self, parts: Parts, accelerator: Accelerator, *, progress: bool) -> None:
+        plan, blocks, packings = parts.plan, parts.blocks, parts.packings
         self.plan = plan
         self.machine = Machine(1.0, (0.0,) * len(blocks))
-        self._model = model
-        self._budget_bytes = budget_bytes
+        self._model = parts.model
+        self._budget_bytes = parts.room.budget_bytes
         self._accelerator = accelerator
         self._device = accelerator.device
         self._lanes = accelerator_lanes(self._device)
-        self._base = list(base)
+        self._base = list(parts.base)
         streamed = [blocks[i] for i in plan.streamed]
         self._residents = [weight.tensor for i in plan.resident for weight in blocks[i].weights]
         host = HostMemory(accelerator)
         self._layers = [
-            PackedLayer.mapped(block.weights, packings[i])
-            if is_mapped
-            else PackedLayer.in_memory(block.weights, packings[i], *host.slab(packings[i].num_bytes))
-            for i, block in zip(plan.streamed, streamed, strict=True)
+            PackedLayer.mapped(blocks[i].weights, packings[i])
+            if parts.is_mapped
+            else PackedLayer.in_memory(blocks[i].weights, packings[i], *host.slab(packings[i].num_bytes))
+            for i in plan.streamed
         ]
         for i in plan.resident:
             _move_packed(blocks[i], packings[i], self._device)
-        for tensor in base:
+        for tensor in self._base:
             tensor.data = tensor.data.to(self._device)
         self._arena = torch.empty(plan.arena_bytes, dtype=torch.uint8, device=self._device)
         if isinstance(self._lanes.h2d, StreamLane):
             self._arena.record_stream(self._lanes.h2d.stream)
         ring = host.ring(self._layers)
         self.bill = StreamBill(
-            base_bytes=device_bytes_of(base),
+            base_bytes=parts.room.base_bytes,
             resident_bytes=plan.resident_bytes,
             arena_bytes=plan.arena_bytes,
-            reserve_bytes=reserve_bytes,
+            reserve_bytes=parts.room.reserve_bytes,
             host_bytes=host.num_bytes,
             pinned_bytes=host.pinned_bytes,
         )
@@ -124,7 +132,7 @@ class StreamHandle:
         self._streamer = Streamer(
             streamed, self._layers, self._arena, engine, self._lanes, before_pass=self._before_pass, progress=bar
         )
-        self._newcomers = Newcomers(model)
+        self._newcomers = Newcomers(parts.model)
         self._wrapped = self._wrap(streamed)
 
     def _wrap(self, streamed: Sequence[Block]) -> list[WrappedForward]:
