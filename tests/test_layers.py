@@ -30,7 +30,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
             {"controller", "jobs"},
             {"runtime", "streaming"},
             {"arguments", "explain"},
-            {"optimizer", "cli"},
+            {"optimizer", "cli", "compat"},
             {"__init__"},
         ),
     )
