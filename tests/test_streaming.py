@@ -569,3 +569,18 @@ def test_pinning_refused(
     model.load_state_dict(build(seed=1).state_dict())
     assert_same_bits(outputs(model), outputs(build(seed=1), "cpu"))
     handle.synchronize()
+
+
+# ---- progress
+
+
+def test_progress_is_shown_for_each_pass(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tqdm")
+    model = build()
+    handle = streamed(model, progress=True)
+    outputs(model, num=2)
+    shown = capsys.readouterr().err
+    assert "pass 1" in shown
+    assert "pass 2" in shown
+    assert "GB/s" in shown
+    handle.remove()
