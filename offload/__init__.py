@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from offload.calibration import calibrate
     from offload.estimate import measured_budget
     from offload.module_waits import wait_in_modules
+    from offload.streaming import StreamHandle, StreamPlan, stream, stream_from_pretrained
 
 __version__ = "0.1.0"
 
@@ -24,6 +25,10 @@ _LAZY = {
     "calibrate": "offload.calibration",
     "measured_budget": "offload.estimate",
     "wait_in_modules": "offload.module_waits",
+    "StreamHandle": "offload.streaming",
+    "StreamPlan": "offload.streaming",
+    "stream": "offload.streaming",
+    "stream_from_pretrained": "offload.streaming",
 }
 
 
@@ -51,9 +56,13 @@ __all__ = [
     "Prediction",
     "Rates",
     "Static",
+    "StreamHandle",
+    "StreamPlan",
     "Stride",
     "calibrate",
     "lower",
     "measured_budget",
+    "stream",
+    "stream_from_pretrained",
     "wait_in_modules",
 ]

@@ -1,0 +1,1 @@
+"""Streaming behind the names that other libraries gave it."""

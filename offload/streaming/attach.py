@@ -1,0 +1,148 @@
+"""Making a model stream: its blocks, its budget, and what is refused before anything is moved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+
+import torch
+from torch import nn
+
+from offload.accelerators import accelerator_for
+from offload.hardware import HardwareProfile
+from offload.pool import parse_bytes
+from offload.streaming.blocks import collect_weights, find_blocks
+from offload.streaming.checkpoint import is_mapped, spill
+from offload.streaming.handle import Parts, Refusal, StreamHandle, device_bytes_of
+from offload.streaming.newcomers import all_tensors
+from offload.streaming.packing import Packing
+from offload.streaming.placement import Room, place
+from offload.streaming.prediction import Machine
+
+_RESERVE_SHARE = 8  # of the budget is left for activations and caches where nobody says how much they take
+
+
+def stream(
+    model: nn.Module,
+    device_budget: int | str,
+    *,
+    device: str | torch.device | None = None,
+    blocks: Sequence[str | nn.Module] | None = None,
+    window: int | None = None,
+    evict_batch: int = 1,
+    resident: str | int | Sequence[str] = "auto",
+    reserve: int | str | None = None,
+    disk: str | PathLike[str] | None = None,
+    profile: HardwareProfile | str | PathLike[str] | None = None,
+    progress: bool = False,
+    verbose: bool = True,
+) -> StreamHandle:
+    """Make ``model`` run on the accelerator with its weights in host memory: each block visits when it is called.
+
+    The model object stays the same and is called as before; ``generate()`` of transformers works, with its cache on the
+    device. Blocks that the budget holds stay on the device, evenly spread among those that are streamed, and so does
+    everything outside blocks. The method is that of *Superpipeline* (arXiv 2410.08791), with its k and k' chosen from
+    the budget.
+
+    Args:
+        model: on any device; afterwards its streamed weights are in pinned host memory between calls.
+        device_budget: bytes of device memory for weights, the streaming buffer and ``reserve``, as an int or "6GiB".
+        device: where to run; None for the accelerator of the process.
+        blocks: names or modules to stream, lists standing for their children; None finds the repeated ones.
+        window: streamed blocks on the device at a time (the paper's k); None takes 2, or up to 4 where
+            that shortens the predicted pass.
+        evict_batch: finished blocks that give up their places together (the paper's k').
+        resident: "auto" keeps what the budget holds on the device; a number of bytes, or a size as "2GiB", is an upper
+            bound on that; names are exactly the blocks that stay.
+        reserve: part of the budget left for activations, caches, gradients and adapters; None for an eighth of it.
+        disk: keep streamed weights in files of this folder instead of host memory, and read them ahead into a pinned
+            ring of a few blocks. Weights that are mapped from a checkpoint there already stay in its files.
+        profile: the machine to predict passes for; None measures the link and predicts that alone.
+        progress: show a progress bar over the blocks of each pass (needs tqdm).
+        verbose: print where everything lives and how long a pass should take.
+
+    Raises:
+        offload.BudgetError: if the budget does not hold the least that would do.
+        ValueError, TypeError: for arguments or models that cannot be streamed, naming what and why.
+    """
+    if evict_batch < 1 or (window is not None and window < evict_batch):
+        raise ValueError(f"window={window} and evict_batch={evict_batch}: give 1 <= evict_batch <= window")
+    _refuse_hooked(model)
+    budget_bytes = parse_bytes(device_budget, "device_budget")
+    if budget_bytes is None:
+        raise TypeError('device_budget must be bytes or a text such as "6GiB", not None')
+    reserve_bytes = parse_bytes(reserve, "reserve")
+    reserve_bytes = budget_bytes // _RESERVE_SHARE if reserve_bytes is None else reserve_bytes
+    accelerator = accelerator_for(_device(device))
+    found = collect_weights(model, find_blocks(model, blocks))
+    if not found:
+        raise ValueError("no block has weights of its own to stream; name others with blocks=[...]")
+    packings = [Packing(block.weights) for block in found]
+    in_blocks = {id(weight.tensor) for block in found for weight in block.weights}
+    base = [tensor for tensor in all_tensors(model) if id(tensor) not in in_blocks]
+    room = Room(
+        budget_bytes=budget_bytes,
+        base_bytes=device_bytes_of(base),
+        reserve_bytes=reserve_bytes,
+        window=window,
+        evict_batch=evict_batch,
+        resident=_resident(resident),
+    )
+    if profile is not None and not isinstance(profile, HardwareProfile):
+        profile = HardwareProfile.load(profile)
+    block_bytes = [packing.num_bytes for packing in packings]
+    machine = None if profile is None else machine_of(profile, block_bytes)
+    plan = place([block.name for block in found], block_bytes, room, machine)
+    if disk is not None:
+        spill([found[i] for i in plan.streamed if not is_mapped(found[i])], disk)
+    parts = Parts(model, found, packings, base, plan, room, is_mapped=disk is not None)
+    handle = StreamHandle(parts, accelerator, progress=progress)
+    handle.machine = handle.measure_link() if machine is None else machine
+    if verbose:
+        print(handle.explain())
+    return handle
+
+
+def _resident(resident: str | int | Sequence[str]) -> str | int | tuple[str, ...]:
+    if resident == "auto":
+        return "auto"
+    if isinstance(resident, (str, int)):
+        return parse_bytes(resident, "resident") or 0
+    return tuple(resident)
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is not None:
+        return torch.device(device)
+    found = torch.accelerator.current_accelerator()
+    if found is None:
+        raise ValueError("there is no accelerator to stream to; offload.testing.sim.load() registers the emulated one")
+    return found
+
+
+def _refuse_hooked(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if hasattr(module, "_hf_hook"):
+            raise ValueError(
+                f"module {name or 'model'!r} is offloaded by accelerate already; remove its hooks first "
+                f"(accelerate.hooks.remove_hook_from_submodules)"
+            )
+        if isinstance(module.__dict__.get("_apply"), Refusal):
+            raise ValueError(f"module {name or 'model'!r} streams already; call remove() on its handle first")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.device.type == "meta":
+            raise ValueError(
+                f"{name} is on the meta device and has no values; load the model's weights first, or use "
+                f"offload.stream_from_pretrained for a checkpoint that does not fit host memory"
+            )
+
+
+def machine_of(profile: HardwareProfile, block_bytes: Sequence[int]) -> Machine:
+    """A named machine on which every block reads its weights once: one token, the least a pass computes."""
+    return Machine(
+        link_bytes_per_s=profile.h2d_bytes_per_s,
+        copy_latency_s=profile.copy_latency_s,
+        compute_s=tuple(
+            profile.forward_layer_latency_s + num_bytes / profile.device_memory_bytes_per_s for num_bytes in block_bytes
+        ),
+    )

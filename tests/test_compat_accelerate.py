@@ -1,0 +1,110 @@
+"""accelerate's calls, streamed: what its own tests of big models expect of a user's view."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from offload.compat import accelerate as compat
+from tests.streaming_models import Model, build, tokens
+from tests.training import assert_same_bits
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
+
+class Standardize(nn.Module):
+    """Weights and buffers, as a batch norm in evaluation has them."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(width))
+        self.register_buffer("running_mean", torch.rand(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.running_mean) * self.weight
+
+
+class ForTest(nn.Module):
+    """No repeated blocks: a linear layer, a norm with a buffer, a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(3, 4)
+        self.norm = Standardize(4)
+        self.linear2 = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear2(self.norm(self.linear1(x)))
+
+
+@pytest.mark.parametrize("name", ["cpu_offload", "disk_offload", "dispatch_model"])
+def test_signatures_are_accelerates(name: str) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    theirs, ours = (inspect.signature(getattr(module, name)) for module in (accelerate, compat))
+    assert [*ours.parameters] == [*theirs.parameters]
+    assert [p.default for p in ours.parameters.values()] == [p.default for p in theirs.parameters.values()]
+
+
+CALLS: dict[str, Callable[[nn.Module, Path], nn.Module]] = {
+    "cpu": lambda model, path: compat.cpu_offload(model, torch.device("sim")),
+    "disk": lambda model, path: compat.disk_offload(model, path, "sim"),
+    "map": lambda model, path: compat.dispatch_model(
+        model, {"linear1": "cpu", "norm": "cpu", "linear2": 0}, offload_dir=path
+    ),
+    "map to disk": lambda model, path: compat.dispatch_model(
+        model, {"linear1": "disk", "norm": 0, "linear2": "disk"}, offload_dir=path
+    ),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_outputs_are_the_same_and_where_the_inputs_are(sim: ModuleType, call: str, tmp_path: Path) -> None:
+    x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    want = build(ForTest).eval()(x)
+    model = build(ForTest).eval()
+    assert CALLS[call](model, tmp_path) is model
+    for _ in range(2):
+        assert_same_bits(model(x), want)
+        assert_same_bits(model(x.to("sim")), want)
+    assert model(x).device.type == "cpu"
+    assert model.norm.running_mean.device.type == "sim"
+    compat.remove(model)
+    assert_same_bits(model(x), want)
+    with pytest.raises(ValueError, match="was not offloaded"):
+        compat.remove(model)
+    assert sim.races() == []
+
+
+def test_blocks_are_streamed_as_one(sim: ModuleType) -> None:
+    model = build()
+    compat.cpu_offload(model, preload_module_classes=["Embedding"])
+    assert all(p.device.type == "cpu" for p in model.parameters())
+    assert_same_bits(model(tokens()), build()(tokens()))
+
+
+def test_a_map_without_offloading_moves_the_model(sim: ModuleType) -> None:
+    model = compat.dispatch_model(build(ForTest), {"": 0})
+    assert all(p.device.type == "sim" for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"device_map": {"": "cpu"}, "state_dict": {}}, "state_dict is not available"),
+        ({"device_map": {"": "cpu"}, "offload_buffers": True}, "offload_buffers is not available"),
+        ({"device_map": {"layers": 0, "": 1}}, "one accelerator"),
+        ({"device_map": {"layers": "cpu", "": "disk"}, "offload_dir": "x"}, "give one of them"),
+        ({"device_map": {"": "disk"}}, "offload_dir"),
+        ({"device_map": {"layers": "cpu"}}, "says nothing about 'embedding'"),
+    ],
+)
+def test_what_is_refused(sim: ModuleType, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        compat.dispatch_model(Model(), **arguments)
