@@ -30,7 +30,9 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
             {"controller", "jobs"},
             {"runtime"},
             {"arguments", "explain"},
-            {"optimizer", "cli"},
+            {"optimizer"},
+            {"interconnect"},
+            {"cli"},
             {"__init__"},
         ),
     )

@@ -53,6 +53,10 @@ class Accelerator:
         """
         return torch.empty(round_up_to_page(num_bytes), dtype=torch.uint8, pin_memory=True)
 
+    def name(self) -> str:
+        """What the device is called, for a reader."""
+        return str(self.device)
+
     def memory(self) -> DeviceMemory:
         """Memory use of the device now. Does not wait for it."""
         free_bytes, total_bytes = torch.accelerator.get_memory_info(self.device)

@@ -25,6 +25,9 @@ class CudaAccelerator(Accelerator):
 
     _has_warned = False
 
+    def name(self) -> str:
+        return torch.cuda.get_device_name(self.device)
+
     def pinned_empty(self, num_bytes: int) -> Tensor:
         """Page-locked host memory, uninitialised: a 1-D uint8 CPU tensor of ``num_bytes`` rounded up to a page.
 
