@@ -32,6 +32,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
             {"arguments", "explain"},
             {"optimizer"},
             {"interconnect"},
+            {"report"},
             {"cli"},
             {"__init__"},
         ),

@@ -2,9 +2,9 @@
 
 [Note: how the streams are blocked]
 No call of ``torch.accelerator`` holds a stream until the host says so. A gate does: copies on a stream of its own,
-whose end every measured stream waits for. That it was still closed when the last piece was enqueued is checked, not assumed:
-an event on an idle stream stamps that moment on the device's clock. Where the gate had opened before, a longer one is
-tried. So no measured stream ever waits for the thread that fills it.
+whose end every measured stream waits for. That it was still closed when the last piece was enqueued is checked, not
+assumed: an event on an idle stream stamps that moment on the device's clock. Where the gate had opened before, a longer
+one is tried. So no measured stream ever waits for the thread that fills it.
 
 Work of the host is stamped by events on the same idle stream, so every time is one clock's: the device's.
 """

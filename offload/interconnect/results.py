@@ -14,7 +14,7 @@ from offload.pool import format_bytes
 
 SCHEMA = 1
 NOTICEABLE = 0.05  # relative change that a comparison points out
-_SCALES = {"bytes/s": (1e9, "GB/s"), "parameters/s": (1e9, "billion parameters/s"), "FLOP/s": (1e12, "TFLOP/s")}
+_SCALES = {"bytes/s": (1e9, "GB/s"), "parameters/s": (1e9, "Gparam/s"), "FLOP/s": (1e12, "TFLOP/s")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,13 @@ class Result:
         """As "pinned_to_device.alone.64.0MiB"."""
         size = "" if self.num_bytes is None else "." + format_bytes(self.num_bytes).replace(" ", "")
         return f"{self.source}_to_{self.target}.{self.mode}{size}".replace(" ", "_")
+
+    @property
+    def spread(self) -> str:
+        """The quartiles for a reader, relative to the value."""
+        if self.unit == "share" or not self.value:
+            return f"{self.low:.0%} to {self.high:.0%}" if self.unit == "share" else ""
+        return f"{self.low / self.value - 1:+.0%} {self.high / self.value - 1:+.0%}"
 
     @property
     def text(self) -> str:
