@@ -32,7 +32,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
             {"arguments", "explain"},
             {"optimizer"},
             {"interconnect"},
-            {"report"},
+            {"report", "doctor"},
             {"cli"},
             {"__init__"},
         ),

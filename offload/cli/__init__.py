@@ -1,4 +1,4 @@
-"""The command line: ``offload plan | simulate | explain | calibrate | bench``."""
+"""The command line: ``offload plan | simulate | explain | calibrate | bench | doctor``."""
 
 from __future__ import annotations
 
@@ -6,9 +6,16 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from offload.cli import bench, calibrate, explain, plan, simulate
+from offload.cli import bench, calibrate, doctor, explain, plan, simulate
 
-_COMMANDS = {"plan": plan, "simulate": simulate, "explain": explain, "calibrate": calibrate, "bench": bench}
+_COMMANDS = {
+    "plan": plan,
+    "simulate": simulate,
+    "explain": explain,
+    "calibrate": calibrate,
+    "bench": bench,
+    "doctor": doctor,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
