@@ -23,6 +23,7 @@ from offload.perf_model import Prediction, Rates
 from offload.plan import Plan
 from offload.policy import Policy
 from offload.pool import MemoryBill
+from offload.record import StepWatch
 from offload.runtime import Options, Runtime
 from offload.timeline import Span
 from offload.updates import GroupedParam, scalars_of, updates_by_subgroup
@@ -113,6 +114,7 @@ class Adam(torch.optim.Optimizer):
 
     def _forget_runtime(self) -> None:
         self._runtime: Runtime | None = None
+        self._step_watch: StepWatch | None = None
         self._masters = MasterTable()
         self._grad_scale = PendingScale()
 
@@ -366,10 +368,21 @@ class Adam(torch.optim.Optimizer):
     def time_next_step(self) -> None:
         """Measure the next step for :meth:`timeline`. That step waits for every transfer before it returns."""
         self.runtime.time_next_step = True
+        self._step_watch = StepWatch(self, self.runtime.accelerator)
 
     def timeline(self) -> list[Span]:
         """What ran when in the last measured step, in seconds since it began; empty if none was measured."""
         return list(self.runtime.spans)
+
+    def save_trace(self, path: str | PathLike[str]) -> None:
+        """Write the last step that :meth:`time_next_step` asked for, for ``offload explain`` and for Perfetto.
+
+        Raises:
+            ValueError: if no step was measured so.
+        """
+        if self._step_watch is None:
+            raise ValueError("no step was measured: call time_next_step() before the forward of one")
+        self._step_watch.record(self.runtime).save(path)
 
     def synchronize(self) -> None:
         """Wait for everything in flight. Reading states or editing parameters behind autograd's back needs it."""

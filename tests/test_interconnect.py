@@ -16,7 +16,7 @@ from offload.interconnect import PARTS, Report, Result, Settings, Suite, compare
 from offload.interconnect.copies import fit_line
 from offload.interconnect.harness import Activity, Harness
 from offload.interconnect.overlap import overlap_share
-from offload.interconnect.topology import allowed_processors, numa_nodes, on_processors, parse_processors
+from offload.processors import allowed_processors
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")  # copies are small, and processors may be busy
 
@@ -220,28 +220,6 @@ def test_fit_finds_latency_and_rate(latency_s: float, rate: float) -> None:
 
 
 # ---- the host's parts
-
-
-def test_processors_of_a_list() -> None:
-    assert parse_processors("0-3,8\n") == {0, 1, 2, 3, 8}
-    assert parse_processors("\n") == frozenset()
-
-
-def test_numa_nodes_are_those_with_processors_we_may_use(tmp_path: Path) -> None:
-    usable = sorted(allowed_processors())
-    for node, cpus in enumerate((f"{usable[0]}", "4095", "")):
-        (tmp_path / f"node{node}").mkdir()
-        (tmp_path / f"node{node}/cpulist").write_text(cpus)
-    assert numa_nodes(tmp_path) == {0: {usable[0]}}
-    assert numa_nodes(tmp_path / "missing") == {0: set(usable)}
-
-
-def test_binding_to_processors_is_undone() -> None:
-    before = allowed_processors()
-    one = frozenset([min(before)])
-    with pytest.raises(KeyError), on_processors(one):
-        raise KeyError(*allowed_processors())
-    assert allowed_processors() == before
 
 
 def test_nodes_and_cores_are_cases(sim: ModuleType) -> None:

@@ -18,8 +18,8 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     map(
         frozenset,
         (
-            {"plan", "kernels", "accelerators", "hardware"},
-            {"lanes", "accounting", "gradients", "meters", "phase_hooks", "_table"},
+            {"plan", "kernels", "accelerators", "hardware", "processors"},
+            {"lanes", "accounting", "gradients", "meters", "phase_hooks", "_table", "facts"},
             {"subgroup", "monitor", "timeline", "testing"},
             {"pool", "policy", "executor", "adam"},
             {"homes", "ordering", "layout", "masters", "perf_model"},
@@ -29,7 +29,8 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
             {"candidates"},
             {"controller", "jobs"},
             {"runtime"},
-            {"arguments", "explain"},
+            {"record"},
+            {"arguments", "explain", "verdict"},
             {"optimizer"},
             {"interconnect"},
             {"report", "doctor"},

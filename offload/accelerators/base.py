@@ -57,6 +57,10 @@ class Accelerator:
         """What the device is called, for a reader."""
         return str(self.device)
 
+    def numa_node(self) -> int | None:
+        """The NUMA node of the host that the device is attached to; None where that is unknown."""
+        return None
+
     def memory(self) -> DeviceMemory:
         """Memory use of the device now. Does not wait for it."""
         free_bytes, total_bytes = torch.accelerator.get_memory_info(self.device)

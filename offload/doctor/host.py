@@ -9,9 +9,9 @@ from pathlib import Path
 import psutil
 
 from offload.doctor.findings import MEMORY, OVERLAPS, RATE, Finding
-from offload.interconnect.topology import allowed_processors, numa_nodes
 from offload.kernels import num_threads
 from offload.pool import format_bytes
+from offload.processors import allowed_processors, numa_nodes
 
 _CGROUP_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")  # version 2, version 1
 _NO_LIMIT_BYTES = 1 << 60  # version 1 writes a huge number for "none"

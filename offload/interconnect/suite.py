@@ -18,6 +18,7 @@ from offload.interconnect.results import Report, Result
 from offload.interconnect.settings import Settings
 from offload.interconnect.step import measure_steps
 from offload.perf_model import Rates
+from offload.processors import allowed_processors, numa_nodes
 
 Progress = Callable[[str, "Result | None"], None]
 
@@ -119,8 +120,8 @@ def machine(accelerator: Accelerator) -> dict[str, Any]:
         "device_memory_bytes": accelerator.memory().total_bytes,
         "emulated": device.type == "sim",
         "processor": platform.processor() or platform.machine(),
-        "num_processors": len(topology.allowed_processors()),
-        "num_numa_nodes": len(topology.numa_nodes()),
+        "num_processors": len(allowed_processors()),
+        "num_numa_nodes": len(numa_nodes()),
         "host_memory_bytes": psutil.virtual_memory().total,
         "torch": torch.__version__,
         "python": platform.python_version(),
