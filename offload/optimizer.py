@@ -27,6 +27,7 @@ from offload.record import StepWatch
 from offload.runtime import Options, Runtime
 from offload.timeline import Span
 from offload.updates import GroupedParam, scalars_of, updates_by_subgroup
+from offload.verdict import diagnose, report
 
 OnNonFinite = Literal["error", "skip"]
 
@@ -345,8 +346,14 @@ class Adam(torch.optim.Optimizer):
         return self.runtime.bill
 
     def explain(self) -> str:
-        """Which subgroup is updated where, what it costs in memory, and what the rates measured so far predict."""
-        return explain(self.runtime)
+        """Which subgroup is updated where, what it costs in memory, and what the rates measured so far predict.
+
+        After a step that :meth:`time_next_step` asked for, also where its time went, what bound it and what was wrong.
+        """
+        text = explain(self.runtime)
+        if self._step_watch is None or not self._step_watch.has_run or not self.runtime.spans:
+            return text
+        return f"{text}\n{report(diagnose(self._step_watch.record(self.runtime)))}"
 
     def save_decisions(self, path: str | PathLike[str]) -> None:
         """Write what ``plan="auto"`` measured and decided as JSON lines, for ``offload explain``.

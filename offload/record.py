@@ -163,6 +163,10 @@ class StepWatch:
         self._model_s = self._now_s() - self._start_s
         self._ran = optimizer.plan
 
+    @property
+    def has_run(self) -> bool:
+        return self._ran is not None
+
     def record(self, runtime: Runtime) -> StepRecord:
         """The step; ValueError if it has not run yet."""
         if self._ran is None:

@@ -305,3 +305,13 @@ def test_plan_of_the_record_is_the_one_that_ran(machine: Machine, tmp_path: Path
     record = machine.run(tmp_path / "t", plan="auto")
     assert {span.name for span in record.spans} == {str(op) for op in record.plan.ops}
     assert isinstance(record.plan, Plan)
+
+
+def test_optimizer_explains_its_measured_step(machine: Machine) -> None:
+    param = torch.nn.Parameter(torch.zeros(NUMEL, device="sim"))
+    optimizer = offload.AdamW([param], plan="host")
+    param.grad = torch.zeros_like(param)
+    optimizer.time_next_step()
+    assert "the update took" not in optimizer.explain()
+    optimizer.step()
+    assert "the update took" in optimizer.explain()

@@ -7,6 +7,7 @@ import ctypes
 import logging
 import mmap
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,11 @@ class CudaAccelerator(Accelerator):
         except (OSError, ValueError):
             return None
         return node if node >= 0 else None  # -1: the machine has one node, or does not say
+
+    @contextlib.contextmanager
+    def annotate(self, name: str) -> Iterator[None]:
+        with torch.cuda.nvtx.range(name), super().annotate(name):
+            yield
 
     def pinned_empty(self, num_bytes: int) -> Tensor:
         """Page-locked host memory, uninitialised: a 1-D uint8 CPU tensor of ``num_bytes`` rounded up to a page.
