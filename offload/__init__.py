@@ -15,11 +15,16 @@ from offload.pool import BudgetError
 if TYPE_CHECKING:
     from offload.calibration import calibrate
     from offload.estimate import measured_budget
+    from offload.live import LiveStatus
 
 __version__ = "0.1.0"
 
 # Imported when first asked for: a training script seldom does.
-_LAZY = {"calibrate": "offload.calibration", "measured_budget": "offload.estimate"}
+_LAZY = {
+    "LiveStatus": "offload.live",
+    "calibrate": "offload.calibration",
+    "measured_budget": "offload.estimate",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -33,6 +38,7 @@ __all__ = [
     "AdamW",
     "BudgetError",
     "HardwareProfile",
+    "LiveStatus",
     "MemoryMonitor",
     "NonFiniteGradientError",
     "Op",

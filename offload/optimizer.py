@@ -17,6 +17,7 @@ from offload.explain import explain
 from offload.gradients import NonFiniteGradientError, PendingScale, all_finite
 from offload.hardware import HardwareProfile
 from offload.layout import Packed, check_grad, check_param, pack, resolve_subgroup_numel
+from offload.live import publish_if_asked
 from offload.masters import MasterTable
 from offload.optimizer_state import copy_entries, fill_entry, load_state
 from offload.perf_model import Prediction, Rates
@@ -110,6 +111,7 @@ class Adam(torch.optim.Optimizer):
         self._forget_runtime()
         super().__init__(params, defaults)
         self._build()
+        publish_if_asked(self)
 
     # ---- construction
 

@@ -29,7 +29,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
             {"candidates"},
             {"controller", "jobs"},
             {"runtime"},
-            {"record"},
+            {"record", "live"},
             {"arguments", "explain", "verdict"},
             {"optimizer"},
             {"interconnect"},

@@ -1,4 +1,4 @@
-"""The command line: ``offload plan | simulate | explain | calibrate | bench | doctor``."""
+"""The command line: ``offload plan | simulate | explain | calibrate | bench | doctor | watch``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from offload.cli import bench, calibrate, doctor, explain, plan, simulate
+from offload.cli import bench, calibrate, doctor, explain, plan, simulate, watch
 
 _COMMANDS = {
     "plan": plan,
@@ -15,6 +15,7 @@ _COMMANDS = {
     "calibrate": calibrate,
     "bench": bench,
     "doctor": doctor,
+    "watch": watch,
 }
 
 
