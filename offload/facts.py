@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from dataclasses import dataclass
-
-import psutil
+from typing import Any
 
 from offload.kernels import num_threads
 from offload.processors import allowed_processors, numa_nodes
@@ -37,7 +37,7 @@ def host_facts(device_node: int | None, busy_elsewhere: float) -> HostFacts:
     allowed = allowed_processors()
     near = allowed if device_node is None else numa_nodes().get(device_node, frozenset())
     return HostFacts(
-        num_processors=psutil.cpu_count() or len(allowed),
+        num_processors=_psutil().cpu_count() or len(allowed),
         num_allowed=len(allowed),
         num_remote=len(allowed - near),
         num_threads=num_threads(),
@@ -59,6 +59,12 @@ class ProcessorMeter:
 
 def _readings() -> tuple[float, float, float]:
     """Wall-clock, time that all processors were busy, and that this process kept them so; in seconds."""
+    psutil = _psutil()
     times, own = psutil.cpu_times()._asdict(), psutil.Process().cpu_times()
     busy_s = sum(seconds for name, seconds in times.items() if name not in _IDLE)
     return time.perf_counter(), busy_s, own.user + own.system
+
+
+def _psutil() -> Any:
+    """Imported when a step is measured, not with the package."""
+    return importlib.import_module("psutil")
