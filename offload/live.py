@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from offload.monitor import MemoryMonitor, Phase
+from offload.plan import Plan
 from offload.runtime import Runtime
 from offload.timeline import busy_fraction, elapsed_s
 
@@ -50,7 +51,7 @@ class LiveStatus:
         self._written_s = self._measured_s = -float("inf")
         self._num_steps = 0
         self._changes: list[dict[str, Any]] = []
-        self._plan = ""
+        self._plan: Plan | None = None
         runtime: Runtime = optimizer.runtime
         self._owns_monitor = monitor is None
         self._monitor = monitor or MemoryMonitor(runtime.device)
@@ -80,7 +81,7 @@ class LiveStatus:
         self._num_steps += 1
         if self._owns_monitor:
             self._monitor.enter(Phase.IDLE)
-        self._note_plan(str(optimizer.runtime.plan))
+        self._note_plan(optimizer.runtime.plan)
         if self._clock() - self._written_s < WRITE_INTERVAL_S:
             return
         try:
@@ -89,10 +90,10 @@ class LiveStatus:
             self.close()
             logger.warning("the status is no longer written to %s: %s", self._path, error)
 
-    def _note_plan(self, plan: str) -> None:
-        if plan != self._plan:
+    def _note_plan(self, plan: Plan) -> None:
+        if plan is not self._plan:  # a plan is never changed, so nothing of it need be compared in most steps
             self._plan = plan
-            self._changes = [*self._changes, {"step": self._num_steps, "plan": plan}][-MAX_CHANGES:]
+            self._changes = [*self._changes, {"step": self._num_steps, "plan": str(plan)}][-MAX_CHANGES:]
 
     def _write(self, runtime: Runtime) -> None:
         """Replace the file as a whole, so that a reader sees one version or the next."""

@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from offload.interconnect import PARTS, Report, Settings, compare, run_suite
 from offload.testing import sim
 
@@ -19,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="torch device (default: the accelerator there is)")
     parser.add_argument("--emulated", action="store_true", help="measure the emulated device, in wall-clock time")
     parser.add_argument("--only", nargs="+", default=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}")
-    parser.add_argument("--ranks", type=int, default=1, help="processes to measure alone and all together")
+    parser.add_argument("--ranks", type=int, help="processes to measure alone and together (default: one a device)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all results there, for --compare")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write a line for each case there")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a report with plots there")
@@ -59,7 +61,8 @@ def _measure(options: argparse.Namespace, console: Console) -> Report:
         sim.load()
         sim.configure("threads", races=False)
         device = "sim"
-    settings = replace(Settings.quick() if options.quick else Settings(), num_ranks=options.ranks)
+    num_ranks = max(1, torch.accelerator.device_count()) if options.ranks is None else options.ranks
+    settings = replace(Settings.quick() if options.quick else Settings(), num_ranks=num_ranks)
     with ProgressDisplay(console, len(options.only)) as progress:
         return run_suite(device, settings, only=tuple(options.only), progress=progress)
 
