@@ -68,7 +68,9 @@ def stand_in(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_healthy_device(stand_in: None) -> None:
+    users = pynvml._nvmlLib_refcount
     findings = examine_nvml()
+    assert pynvml._nvmlLib_refcount == users, "the library is given back"
     assert [finding.status for finding in findings] == ["good", "good", "good"]
     text = "\n".join(map(str, findings))
     assert "driver 999.1" in text

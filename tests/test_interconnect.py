@@ -114,8 +114,10 @@ def test_recovers_the_device_and_its_overlap(sim: ModuleType, steady_host: None,
     assert report.find("device_to_device.elementwise_alone").value == pytest.approx(memory, rel=0.05)
     assert report.find("device_to_device.matmul_alone").value == pytest.approx(flops, rel=0.05)
     assert report.find("host_to_host.CPU_update_alone").value == pytest.approx(TINY.update_numel / UPDATE_S, rel=0.05)
+    alone = {each.mode.removesuffix(" alone"): each.value for each in report.results if each.mode.endswith(" alone")}
     for result in report.group("overlap"):
         if "rate_kept" in result.details:
+            assert result.value == pytest.approx(alone[result.mode.partition(" under ")[0]], rel=0.05)
             assert result.details["rate_kept"] == pytest.approx(1, rel=0.05), result.name
         elif result.unit == "share":
             assert result.value == pytest.approx(1, abs=0.05), result.name
@@ -183,6 +185,28 @@ def test_interfering_work_outlasts_the_measured(sim: ModuleType) -> None:
     copy = Activity("copy", lambda: device.copy_(host, non_blocking=True), 1 << 22, "bytes/s")
     for timing in harness.outlasted((copy, 4), (Activity("add", lambda: x.add_(y), 1, "bytes/s"), 1)):
         assert timing.ends_s[1] >= timing.ends_s[0]
+
+
+def test_work_of_the_host_begins_with_the_release(sim: ModuleType) -> None:
+    configure(sim, CONFIGURATIONS[0])
+    harness = Harness(accelerator_for(torch.device("sim")), 1)
+    x = torch.zeros(1024, device="sim")
+    add = Activity("add", lambda: x.add_(1), 1, "bytes/s")
+    (timing,) = harness.time((add, 100), (Activity("host", lambda: None, 1, "bytes/s", on_host=True), 1))
+    assert timing.begins_s[1] == pytest.approx(0, abs=1e-9)
+
+
+def test_what_an_earlier_case_copied_does_not_count(sim: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    from offload.interconnect.buffers import Pair
+
+    copy = Pair.copy
+
+    def large_only(self: Pair, name: str) -> Activity:
+        return copy(self, name) if self.source.numel() > 4096 else Activity(name, lambda: None, 4096, "bytes/s")
+
+    monkeypatch.setattr(Pair, "copy", large_only)
+    report = run_suite("sim", replace(TINY, sizes=(64 * KIB, 4 * KIB)), only=("copy",))
+    assert [result.num_bytes for result in report.results if result.problem] == [4 * KIB] * 4
 
 
 @pytest.mark.parametrize("part", ["copy", "duplex", "streams", "batch", "overlap", "node"])

@@ -148,6 +148,20 @@ def test_update_after_backward(machine: Machine, tmp_path: Path) -> None:
     assert diagnose(replace(record, overlap="next_forward"), EXPECTED).verdicts == ()
 
 
+def test_the_models_time_is_what_the_device_took(machine: Machine, tmp_path: Path) -> None:
+    """Forward and backward are only enqueued when the step begins."""
+    machine.sim.set_profile(memory_bytes_per_s=1e9)
+    x = torch.zeros(1 << 18, device="sim")
+    optimizer = offload.AdamW([torch.nn.Parameter(torch.zeros(NUMEL, device="sim"))], plan="host")
+    optimizer.param_groups[0]["params"][0].grad = torch.zeros(NUMEL, device="sim")
+    optimizer.synchronize()
+    optimizer.time_next_step()
+    x.add_(1)
+    optimizer.step()
+    optimizer.save_trace(tmp_path / "t")
+    assert StepRecord.load(tmp_path / "t").model_s >= 2 * x.nbytes / 1e9
+
+
 # ---- further causes, from records made on virtual lanes
 
 
