@@ -34,6 +34,9 @@ _CROWDS = (
     (UPDATE, MATMUL, UP, DOWN),
 )
 
+# What an interleaved update does, measured while copies go both ways; and a copy beside all else on the device.
+_UNDER_BOTH = ((UPDATE, UP, DOWN), (MATMUL, UP, DOWN), (UP, DOWN, MATMUL))
+
 # Where work happens, for the names of cases.
 _PLACES = {
     UP: ("pinned", "device"),
@@ -107,27 +110,34 @@ def overlaps(harness: Harness, settings: Settings) -> Iterator[Result]:
         group = "update" if name == UPDATE else "overlap"
         amount = counts[name] * activity.amount
         yield rate_result(group, (*_PLACES[name], f"{name} alone"), timings, amount, activity.unit)
-    for measured, beside in permutations(ACTIVITIES, 2):
-        if {measured, beside} == {MATMUL, ELEMENTWISE}:
-            continue  # two computations on the device are not what an offloading runtime overlaps
-        yield _beside(harness, work, measured, beside, counts, alone_s)
+    for measured, *others in (*permutations(ACTIVITIES, 2), *_UNDER_BOTH):
+        if {measured, *others} != {MATMUL, ELEMENTWISE}:  # which no offloading runtime overlaps
+            yield _beside(harness, work, measured, others, counts, alone_s)
     for crowd in (*combinations(ACTIVITIES, 2), *_CROWDS):
         if set(crowd) != {MATMUL, ELEMENTWISE}:
             yield _together(harness, work, crowd, counts, alone_s)
 
 
 def _beside(
-    harness: Harness, work: Workload, measured: str, beside: str, counts: dict[str, int], alone_s: dict[str, float]
+    harness: Harness,
+    work: Workload,
+    measured: str,
+    others: Sequence[str],
+    counts: dict[str, int],
+    alone_s: dict[str, float],
 ) -> Result:
-    """What ``measured`` keeps of its rate while ``beside`` outlasts it."""
-    activity, other = work.activities[measured], work.activities[beside]
-    num_others = max(1, round(_LONGER * counts[beside] * alone_s[measured] / alone_s[beside] + 0.5))
+    """What ``measured`` keeps of its rate while each of ``others`` outlasts it."""
+    activity, count = work.activities[measured], counts[measured]
+    beside = [
+        (work.activities[name], max(1, round(_LONGER * counts[name] * alone_s[measured] / alone_s[name] + 0.5)))
+        for name in others
+    ]
     work.clear()
-    timings = harness.outlasted((activity, counts[measured]), (other, num_others))
+    timings = harness.outlasted((activity, count), *beside)
     kept = [alone_s[measured] / timing.duration_s(0) for timing in timings]
     return rate_result(
-        "overlap", (*_PLACES[measured], f"{measured} under {beside}"), timings, counts[measured] * activity.amount,
-        activity.unit, details={"rate_kept": statistics.median(kept)}, problem=work.problem((measured, beside)),
+        "overlap", (*_PLACES[measured], f"{measured} under {' and '.join(others)}"), timings, count * activity.amount,
+        activity.unit, details={"rate_kept": statistics.median(kept)}, problem=work.problem((measured, *others)),
     )  # fmt: skip
 
 
