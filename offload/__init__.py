@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from offload.calibration import calibrate
     from offload.estimate import measured_budget
     from offload.live import LiveStatus
+    from offload.module_waits import wait_in_modules
 
 __version__ = "0.1.0"
 
@@ -24,6 +25,7 @@ _LAZY = {
     "LiveStatus": "offload.live",
     "calibrate": "offload.calibration",
     "measured_budget": "offload.estimate",
+    "wait_in_modules": "offload.module_waits",
 }
 
 
@@ -53,4 +55,5 @@ __all__ = [
     "calibrate",
     "lower",
     "measured_budget",
+    "wait_in_modules",
 ]

@@ -27,10 +27,15 @@ class ParamSlice:
 
 @dataclass(frozen=True, slots=True)
 class SliceUpdate:
-    """What one step does to one parameter: its flat gradient on the device, and the step's scalars."""
+    """What one step does to one parameter: flat gradient and flat parameter on the device, and the step's scalars.
+
+    ``param`` shares the parameter's storage and version counter. It is taken before the step: what the step does must
+    not touch the parameter itself, which may be pending (:mod:`offload.pending`) by then.
+    """
 
     slice: ParamSlice
     grad: Tensor
+    param: Tensor
     scalars: AdamScalars
 
 
@@ -62,11 +67,13 @@ class AdamSubgroup:
         self.state = state
         self._accelerator = accelerator
         self._updates: tuple[SliceUpdate, ...] = ()
+        self._grads: tuple[tuple[ParamSlice, Tensor], ...] = ()
         self._runs: tuple[_Run, ...] = ()
 
     def begin_step(self, updates: Sequence[SliceUpdate]) -> None:
         """Set what this step updates: the parameters that have a gradient, in order."""
         self._updates = tuple(updates)
+        self.begin_gradients([(update.slice, update.grad) for update in updates])
         runs: list[_Run] = []
         for update in updates:
             begin, end = update.slice.offset, update.slice.offset + update.slice.numel
@@ -75,15 +82,19 @@ class AdamSubgroup:
             runs.append(_Run(begin, end, update.scalars))
         self._runs = tuple(runs)
 
+    def begin_gradients(self, grads: Sequence[tuple[ParamSlice, Tensor]]) -> None:
+        """Set the flat gradients that go down, in order: those of the step, also before it."""
+        self._grads = tuple(grads)
+
     def end_step(self) -> None:
         """Let go of the gradients. Every use of them is ordered before the next forward on the compute lane."""
-        self._updates = ()
+        self._updates = self._grads = ()
 
     # Order and lifetime: see [Note: who waits for what] in offload/executor.py.
     def grad_down(self, staging: Staging) -> None:
         grad = self._typed(staging.grad)
-        for update in self._updates:
-            update.slice.within(grad).copy_(update.grad, non_blocking=True)
+        for item, from_device in self._grads:
+            item.within(grad).copy_(from_device, non_blocking=True)
 
     def update_cpu(self, staging: Staging) -> None:
         grad, param = self._typed(staging.grad), self._typed(staging.param)
@@ -96,7 +107,7 @@ class AdamSubgroup:
     def upload(self, staging: Staging) -> None:
         param = self._typed(staging.param)
         for update in self._updates:
-            _flat(update.slice.param).copy_(update.slice.within(param), non_blocking=True)
+            update.param.copy_(update.slice.within(param), non_blocking=True)
 
     def prefetch(self, slot: Slot) -> None:
         self._in_slot(slot).copy_(self.state, non_blocking=True)
@@ -112,7 +123,7 @@ class AdamSubgroup:
 
     def _update_on_device(self, state: Tensor) -> None:
         for update in self._updates:
-            self._adam_step(update.slice.within(state), update.grad, _flat(update.slice.param), update.scalars)
+            self._adam_step(update.slice.within(state), update.grad, update.param, update.scalars)
 
     def _adam_step(self, state: Tensor, grad: Tensor, param_out: Tensor, scalars: AdamScalars) -> None:
         master, exp_avg, exp_avg_sq, *amsgrad = state.unbind()
@@ -127,7 +138,7 @@ class AdamSubgroup:
         return staging[: self.state.shape[1] * self.dtype.itemsize].view(self.dtype)
 
 
-def _flat(param: Tensor) -> Tensor:
+def flat(param: Tensor) -> Tensor:
     """A flat view that shares the parameter's storage and version counter, outside autograd."""
     return param.detach().view(-1)
 
@@ -139,7 +150,7 @@ def read_master(actions: AdamSubgroup, item: ParamSlice) -> None:
     user's edit of a parameter wins, and a checkpoint's master survives loading the model after the optimizer.
     """
     master = item.within(actions.state[0])
-    param = _flat(item.param).to(master.device)
+    param = flat(item.param).to(master.device)
     bits = torch.int32 if param.itemsize == 4 else torch.int16
     unchanged = master.to(param.dtype).view(bits) == param.view(bits)
     torch.where(unchanged, master, param.float(), out=master)

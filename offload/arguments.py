@@ -7,7 +7,7 @@ from typing import Any
 
 from offload.hardware import HardwareProfile
 from offload.perf_model import Rates
-from offload.policy import Stride, parse_policy
+from offload.policy import Stride, parse_overlap, parse_policy
 from offload.pool import Budgets, parse_bytes
 from offload.runtime import Options
 
@@ -39,6 +39,7 @@ def parse_options(
     subgroup_numel: int | None,
     num_slots: int | None,
     profile: object = None,
+    overlap: object = "none",
 ) -> Options:
     """What the user asked for, checked as far as it can be without the parameters.
 
@@ -63,7 +64,7 @@ def parse_options(
         )
     if profile is not None and policy != "auto":
         raise ValueError(f"profile tells plan='auto' where to start, and plan is {plan!r}; leave one of them out")
-    return Options(policy, budgets, subgroup_numel, num_slots, _rates_of(profile))
+    return Options(policy, budgets, subgroup_numel, num_slots, _rates_of(profile), parse_overlap(overlap))
 
 
 def _rates_of(profile: object) -> Rates | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from offload.adam import ParamSlice
+from offload.pending import PendingTensor
 
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEFAULT_NUM_SUBGROUPS = 24  # enough to overlap transfers with updates; more only adds launches
@@ -55,6 +56,11 @@ def check_param(param: Tensor, name: str, device: torch.device) -> None:
 
 def check_grad(grad: Tensor, param: Tensor, name: str) -> None:
     """Raise if the kernels cannot take a gradient."""
+    if not isinstance(grad, PendingTensor) and type(grad) not in (Tensor, nn.Parameter):
+        raise RuntimeError(
+            f"the gradient of parameter {name} is a {type(grad).__name__}; only plain tensors are taken: "
+            f"set param.grad to the local tensor"
+        )
     if grad.layout is not torch.strided:
         raise RuntimeError(
             f"the gradient of parameter {name} is sparse ({grad.layout}), which Adam here does not support; "

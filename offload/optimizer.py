@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from os import PathLike
 from typing import Any, Literal
 
@@ -22,10 +23,10 @@ from offload.masters import MasterTable
 from offload.optimizer_state import copy_entries, fill_entry, load_state
 from offload.perf_model import Prediction, Rates
 from offload.plan import Plan
-from offload.policy import Policy
+from offload.policy import Overlap, Policy
 from offload.pool import MemoryBill
 from offload.record import StepWatch
-from offload.runtime import Options, Runtime
+from offload.runtime import Runtime
 from offload.timeline import Span
 from offload.updates import GroupedParam, scalars_of, updates_by_subgroup
 from offload.verdict import diagnose, report
@@ -55,6 +56,10 @@ class Adam(torch.optim.Optimizer):
         num_slots: device buffers, each for one subgroup's state.
         profile: what ``plan="auto"`` believes of the machine until it has measured: a :class:`HardwareProfile`, its
             name or file, or :class:`Rates`; None starts with a plan that measures both sides.
+        overlap: ``"next_forward"`` returns from :meth:`step` when the update has begun; whoever reads a parameter first
+            waits for it (:mod:`offload.pending`). ``"none"`` returns when the next forward may be enqueued, and so does
+            ``"backward"``, which brings gradients down while backward runs (:mod:`offload.early`).
+            ``"auto"`` is ``"next_forward"`` on an accelerator and ``"none"`` on the CPU, where nothing would be hidden.
         on_nonfinite: what :meth:`step` does about NaN or infinity in a gradient: raise
             :class:`NonFiniteGradientError`, or skip the step and count it in ``num_skipped_steps``. State and
             parameters are untouched either way.
@@ -87,6 +92,7 @@ class Adam(torch.optim.Optimizer):
         subgroup_numel: int | None = None,
         num_slots: int | None = None,
         profile: HardwareProfile | Rates | str | None = None,
+        overlap: Overlap = "auto",
         on_nonfinite: OnNonFinite = "error",
     ) -> None:
         check_switches(foreach=foreach, fused=fused, capturable=capturable, differentiable=differentiable)
@@ -100,6 +106,7 @@ class Adam(torch.optim.Optimizer):
             subgroup_numel=subgroup_numel,
             num_slots=num_slots,
             profile=profile,
+            overlap=overlap,
         )
         self.on_nonfinite = on_nonfinite
         self.num_skipped_steps = 0
@@ -126,7 +133,9 @@ class Adam(torch.optim.Optimizer):
         trainable = [p for p in params if p.requires_grad] or params
         device, options = trainable[0].device if trainable else torch.device("cpu"), self._options
         if device.type == "cpu" and options.policy == "auto":
-            options = Options("host", options.budgets, options.subgroup_numel, options.num_slots)
+            options = replace(options, policy="host", rates=None)
+        if options.overlap == "auto":
+            options = replace(options, overlap="none" if device.type == "cpu" else "next_forward")
         total_numel = sum(p.numel() for p in params if p.requires_grad)
         self._subgroup_numel = resolve_subgroup_numel(options.subgroup_numel, total_numel)
         self._runtime = Runtime(device, options)
@@ -184,6 +193,7 @@ class Adam(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.runtime.finish()
         params = self._params_with_grad()
         if not params:
             warnings.warn("step() found no gradients, so it changed nothing: was backward() called?", stacklevel=4)
@@ -203,8 +213,9 @@ class Adam(torch.optim.Optimizer):
         self._grad_scale.forget()
         for _, param in params:
             self._count_step(param)
-        self.runtime.step(updates)
-        self._masters.note_in_step(param for _, param in params)
+        masters = self._masters  # not self: an update in flight must not keep the optimizer
+        params_of = {index: [update.slice.param for update in group] for index, group in updates.items()}
+        self.runtime.step(updates, lambda index: masters.note_in_step(params_of[index]))
 
     def _count_step(self, param: Tensor) -> None:
         """Count one more step of ``param`` in its entry of ``self.state``, which is made at its first step."""

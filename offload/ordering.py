@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from offload.executor import run_update
-from offload.lanes import Work
+from offload.executor import await_params, early_operations, enqueue_early, enqueue_update, run_update
+from offload.lanes import Lanes, Work
 from offload.lanes.ordering import AccessHistory, ordering_lanes
-from offload.plan import Placement, Plan, PlanError
+from offload.plan import OpKind, Placement, Plan, PlanError
 from offload.subgroup import Slot, Staging, Subgroup
 
 
-def find_hazards(plans: Sequence[Plan], subgroups: Sequence[Subgroup]) -> list[str]:
+def find_hazards(plans: Sequence[Plan], subgroups: Sequence[Subgroup], *, overlapped: bool = False) -> list[str]:
     """Run ``plans``, one step each with a backward before and a forward after, and name what no wait orders.
+
+    Args:
+        overlapped: each update runs beside the next forward, which waits for a subgroup where it reads that, and what
+            may be enqueued early is enqueued in backward.
 
     Returns:
         One sentence for each pair of conflicting accesses that may run in either order; empty if there is none.
@@ -20,17 +24,39 @@ def find_hazards(plans: Sequence[Plan], subgroups: Sequence[Subgroup]) -> list[s
     subgroups = [subgroup.sizes_only() for subgroup in subgroups]
     slots = [Slot(i) for i in range(max((plan.num_buffers(Placement.DEVICE) for plan in plans), default=0))]
     stagings = [Staging(i) for i in range(max((plan.num_buffers(Placement.HOST) for plan in plans), default=0))]
-    params, grads = tuple(s.param_name for s in subgroups), tuple(s.grad_name for s in subgroups)
     history = AccessHistory()
     lanes = ordering_lanes(history)
     for plan in plans:
-        lanes.compute.submit(Work("forward and backward", reads=params, writes=grads))
-        run_update(plan, subgroups, slots, stagings, lanes)
-    lanes.compute.submit(Work("forward and backward", reads=params, writes=grads))
+        _submit_forward(subgroups, lanes, overlapped)
+        begun = early_operations(plan) if overlapped else []
+        for op in begun:
+            if op.kind is OpKind.PREFETCH:
+                enqueue_early(op, subgroups, slots, stagings, lanes, grads_ready=lanes.compute.mark())
+        down = {op.subgroup: op for op in begun if op.kind is OpKind.GRAD_DOWN}
+        for subgroup in reversed(subgroups):
+            lanes.compute.submit(Work("backward", reads=(subgroup.param_name,), writes=(subgroup.grad_name,)))
+            if subgroup.index in down:
+                op = down[subgroup.index]
+                enqueue_early(op, subgroups, slots, stagings, lanes, grads_ready=lanes.compute.mark())
+        # Whatever backward reads last: parameters that a tied or recomputed layer shares.
+        lanes.compute.submit(Work("backward", reads=tuple(subgroup.param_name for subgroup in subgroups)))
+        if overlapped:
+            enqueue_update(plan, subgroups, slots, stagings, lanes, backward=lanes.compute.mark(), begun=begun)
+        else:
+            run_update(plan, subgroups, slots, stagings, lanes)
+    _submit_forward(subgroups, lanes, overlapped)
     return history.hazards
 
 
-def check_ordering(plans: Sequence[Plan], subgroups: Sequence[Subgroup]) -> None:
+def _submit_forward(subgroups: Sequence[Subgroup], lanes: Lanes, overlapped: bool) -> None:
+    """A forward pass, which waits where an update runs beside it."""
+    for subgroup in subgroups:
+        if overlapped and subgroup.params_ready is not None:
+            await_params(subgroup, lanes.compute)
+        lanes.compute.submit(Work("forward", reads=(subgroup.param_name,)))
+
+
+def check_ordering(plans: Sequence[Plan], subgroups: Sequence[Subgroup], *, overlapped: bool = False) -> None:
     """Raise :class:`PlanError` if :func:`find_hazards` finds any."""
-    if hazards := find_hazards(plans, subgroups):
+    if hazards := find_hazards(plans, subgroups, overlapped=overlapped):
         raise PlanError(f"{len(hazards)} conflicting accesses are unordered, first: {hazards[0]}; plan: {plans[-1]}")

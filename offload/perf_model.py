@@ -69,8 +69,10 @@ class Rates:
         launch_s, host_rate, device_rate = (
             self.launch_latency_s, self.host_update_params_per_s, self.device_update_params_per_s,
         )  # fmt: skip
+        device = Cost(lambda work: launch_s + work.numel / device_rate)
         return {
-            "compute": Cost(lambda work: launch_s + work.numel / device_rate),
+            "compute": device,
+            "update": device,
             "host": Cost(lambda work: work.numel / host_rate, lambda work: work.host_bytes),
             "h2d": self._copy_cost(self.h2d_bytes_per_s, self.host_bytes_per_h2d_byte),
             "d2h": self._copy_cost(self.d2h_bytes_per_s, self.host_bytes_per_d2h_byte),
@@ -84,11 +86,11 @@ class Rates:
 
         return Cost(seconds, lambda work: work.num_bytes * host_bytes_per_byte)
 
-    def lanes(self, machine: VirtualMachine, *, serial_link: bool = False) -> Lanes:
+    def lanes(self, machine: VirtualMachine, *, serial_link: bool = False, overlapped: bool = False) -> Lanes:
         """Virtual lanes of one rank of ``machine``, whose memory is the rank's share where there is one rank."""
         both = self.both_bytes_per_s
         up, down = (1.0 if both >= alone else both / alone for alone in (self.h2d_bytes_per_s, self.d2h_bytes_per_s))
-        return machine.lanes(self.costs(), duplex_speeds=(up, down), serial_link=serial_link)
+        return machine.lanes(self.costs(), duplex_speeds=(up, down), serial_link=serial_link, overlapped=overlapped)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from offload.plan import Placement, Plan, PlanError
 from offload.subgroup import Subgroup
@@ -36,6 +36,8 @@ class Stride:
 
 
 Policy = Literal["auto", "host", "device"] | Static | Stride | Plan
+Overlap = Literal["auto", "none", "backward", "next_forward"]
+OVERLAPS: tuple[Overlap, ...] = get_args(Overlap)
 POLICY_NAMES = ("auto", "host", "device")
 
 
@@ -59,6 +61,14 @@ def parse_policy(policy: object) -> Policy:
         f"plan must be one of {POLICY_NAMES}, Static(resident_fraction), Stride(update_stride), a Plan or its text, "
         f"not {policy!r}"
     )
+
+
+def parse_overlap(overlap: object) -> Overlap:
+    """What the ``overlap`` argument means. Raises ValueError for anything but a name of :data:`OVERLAPS`."""
+    for known in OVERLAPS:
+        if overlap == known:
+            return known
+    raise ValueError(f"overlap={overlap!r} is none of {OVERLAPS}")
 
 
 def choose_residents(policy: Policy, subgroups: Sequence[Subgroup], device_bytes: int | None) -> frozenset[int]:

@@ -132,6 +132,7 @@ def record_step(runtime: Runtime, *, ran: Plan, busy_elsewhere: float, model_s: 
         pageable_bytes=_pageable_bytes(runtime, ran),
         facts=host_facts(node, busy_elsewhere),
         model_s=model_s,
+        overlap=options.overlap,
     )
 
 

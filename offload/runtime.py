@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from offload.accelerators import accelerator_for
 from offload.adam import AdamSubgroup, SliceUpdate
+from offload.conductor import Conductor
 from offload.controller import Controller, Decision, Measurement
+from offload.early import EarlyTransfers, watch_gradients
 from offload.executor import run_update
 from offload.homes import Homes, first_plan, settle
 from offload.kernels import default_implementation
@@ -23,7 +29,7 @@ from offload.layout import Packed
 from offload.ordering import check_ordering
 from offload.perf_model import Prediction, Rates, predict
 from offload.plan import Placement, Plan
-from offload.policy import Policy
+from offload.policy import Overlap, Policy
 from offload.pool import BudgetError, Budgets, MemoryBill, Pool, format_bytes
 from offload.subgroup import FLOAT32_BYTES, Subgroup
 from offload.timeline import Span, elapsed_s
@@ -41,6 +47,7 @@ class Options:
     subgroup_numel: int | None
     num_slots: int | None
     rates: Rates | None = None  # believed until measured, with "auto"
+    overlap: Overlap = "none"
 
 
 def lanes_for(device: torch.device) -> Lanes:
@@ -51,6 +58,35 @@ def lanes_for(device: torch.device) -> Lanes:
 def _wait_for_copies(*lanes: Lane) -> None:
     for lane in lanes:
         lane.mark().synchronize()
+
+
+def _let_land(conductor: Conductor, hooks: Sequence[RemovableHandle], *copies: Lane) -> None:
+    """Keep what is in flight alive until it is done. Nobody is left to hear of an update that fails now."""
+    for hook in hooks:
+        hook.remove()
+
+    def land() -> None:
+        with contextlib.suppress(Exception):
+            conductor.finish()
+        _wait_for_copies(*copies)
+
+    if conductor.in_flight:  # a thread of its own: garbage may be collected in one that the update waits for
+        threading.Thread(target=land, name="offload-landing").start()
+    else:
+        _wait_for_copies(*copies)
+
+
+def _tensors_of(updates: Iterable[SliceUpdate]) -> Iterator[Tensor]:
+    """What an update reads and writes of the user's."""
+    for update in updates:
+        assert update.slice.param.grad is not None
+        yield from (update.slice.param, update.slice.param.grad)
+
+
+def _settle(actions: Sequence[AdamSubgroup], settled: Callable[[int], None], index: int) -> None:
+    """Knows no runtime: an update in flight must not keep the runtime that nobody else holds."""
+    actions[index].end_step()
+    settled(index)
 
 
 class Runtime:
@@ -77,9 +113,14 @@ class Runtime:
         self._chooses = options.policy == "auto"
         self._num_steps = 0
         self._broken: BaseException | None = None
+        with_gradients = options.overlap == "backward"
+        self._early = EarlyTransfers(self.lanes, self.pool, self.actions, with_gradients=with_gradients)
+        self._hooks: list[RemovableHandle] = []
+        self._conductor = Conductor(self.lanes.compute, self.accelerator, weakref.WeakMethod(self._break))
         # Pinned memory and slots may go back only when no copy uses them; at exit the device's own teardown waits.
         # Not the host lane: the traceback of a failed update, which it keeps, would keep this runtime.
-        weakref.finalize(self, _wait_for_copies, self.lanes.h2d, self.lanes.d2h).atexit = False
+        landing = weakref.finalize(self, _let_land, self._conductor, self._hooks, self.lanes.h2d, self.lanes.d2h)
+        landing.atexit = False
 
     # ---- layout and memory
 
@@ -127,6 +168,10 @@ class Runtime:
         self.subgroups, self.homes, self.bill, self._plan = subgroups, homes, bill, plan
         self.controller = controller
         self.actions += added_actions
+        if options.overlap != "none":
+            arrived = weakref.WeakMethod(self._gradient_arrived)
+            for subgroup, actions in zip(added, added_actions, strict=True):
+                self._hooks += watch_gradients(subgroup, [item.param for item in actions.slices], arrived)
         return added_actions
 
     def _new_state(self, subgroup: Subgroup, homes: Homes, num_rows: int) -> Tensor:
@@ -169,7 +214,8 @@ class Runtime:
                 f"{format_bytes(needed)} more pinned memory is needed; construct the optimizer with plan='auto' or "
                 f"with this plan, and raise pinned_budget if one is set"
             )
-        check_ordering([self._plan, plan, plan], subgroups)
+        for overlapped in {False, self.options.overlap != "none"}:
+            check_ordering([self._plan, plan, plan], subgroups, overlapped=overlapped)
 
     def _new_controller(self, subgroups: Sequence[Subgroup], homes: Homes) -> Controller | None:
         """For "auto" on an accelerator. Parameters that join later start it anew, from the rates known by then."""
@@ -204,18 +250,24 @@ class Runtime:
 
     # ---- steps
 
-    def step(self, updates: Mapping[int, Sequence[SliceUpdate]]) -> None:
+    def step(
+        self, updates: Mapping[int, Sequence[SliceUpdate]], settled: Callable[[int], None] = lambda index: None
+    ) -> None:
         """Run one step over the parameters in ``updates`` (by subgroup; a subgroup that is missing is left alone).
 
-        Returns when every CPU update is done and all else is enqueued: the next forward on the current stream sees
-        the new parameters; states may still be on their way to the host. A step after ``time_next_step`` was set waits
-        for everything and leaves what ran when in ``spans``.
+        In order, returns when every CPU update is done and all else is enqueued: the next forward on the current stream
+        sees the new parameters; states may still be on their way to the host. With overlap "next_forward", returns when
+        the update has begun, and parameters and gradients are pending. A step that is measured runs in order; one after
+        ``time_next_step`` was set leaves what ran when in ``spans``.
+
+        Args:
+            settled: called with the index of each subgroup once its parameters and gradients may be used.
 
         Raises:
             RuntimeError: if an earlier step failed half way.
             Exception: whatever failed in a lane, with its traceback.
         """
-        self.check_usable()
+        self.finish()
         idle = frozenset(range(len(self.subgroups))) - updates.keys()
         # A step that leaves subgroups out says little about one that does not.
         observed = self._chooses and not idle and self.controller is not None and self.controller.wants(self._num_steps)
@@ -226,24 +278,55 @@ class Runtime:
             self.time_next_step = False
             for index, subgroup_updates in updates.items():
                 self.actions[index].begin_step(subgroup_updates)
-            run_update(plan, self.subgroups, self.pool.slots, self.pool.stagings, self.lanes)
+            begun = self._early.take(plan)
+            if self.options.overlap == "next_forward" and timer is None:
+                tensors = {index: list(_tensors_of(group)) for index, group in updates.items()}
+                self._conductor.start(
+                    plan,
+                    self.subgroups,
+                    self.pool.slots,
+                    self.pool.stagings,
+                    self.lanes,
+                    tensors,
+                    partial(_settle, self.actions, settled),
+                    begun=begun,
+                )
+            else:
+                run_update(plan, self.subgroups, self.pool.slots, self.pool.stagings, self.lanes, begun=begun)
+                for index in updates:
+                    _settle(self.actions, settled, index)
             if timer is not None:
                 timer.stop()
                 self.lanes.synchronize()
                 self.spans = timer.spans()
         except BaseException as error:
-            self._broken = error
-            raise
-        finally:
+            self._break(error)
             for index in updates:
                 self.actions[index].end_step()
+            raise
         self._num_steps += 1
         if observed:
             self._observe(plan)
 
+    def _gradient_arrived(self, subgroup: Subgroup) -> None:
+        """In backward, in a thread of autograd's."""
+        will_be_timed = self.time_next_step or (self.controller is not None and self.controller.wants(self._num_steps))
+        if self._broken is None and not will_be_timed:
+            self._conductor.finish()
+            self._early.arrived(subgroup, self._plan, self.subgroups)
+
+    def finish(self) -> None:
+        """Settle what an overlapped step left pending, on the current stream, and return when it is all enqueued."""
+        self.check_usable()
+        self._conductor.finish()
+
+    def _break(self, error: BaseException) -> None:
+        self._broken = error
+
     def synchronize(self) -> None:
         """Wait until nothing is in flight: parameters and states may be read and written by anyone afterwards."""
-        self.check_usable()
+        self.finish()
+        self._early.forget()  # states may be written now
         self.lanes.synchronize()
 
     def check_usable(self) -> None:

@@ -82,11 +82,12 @@ class Subgroup:
     actions: Actions | None = None
     grad_on_host: Event | None = None
     updated_on_host: Event | None = None
+    params_ready: Event | None = None  # of the last step that wrote them
     flushed: Event | None = None
 
     def sizes_only(self) -> Subgroup:
         """The same sizes without tensors or events."""
-        return replace(self, actions=None, grad_on_host=None, updated_on_host=None, flushed=None)
+        return replace(self, actions=None, grad_on_host=None, updated_on_host=None, params_ready=None, flushed=None)
 
     # Buffers, as the ordering checks name them.
     @property

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from offload.adam import SliceUpdate
+from offload.adam import SliceUpdate, flat
 from offload.kernels import AdamScalars
 from offload.masters import MasterTable
 
@@ -61,5 +61,6 @@ def updates_by_subgroup(
         if key not in cached:
             cached[key] = scalars_of(group, step=step, decoupled=decoupled, grad_scale=grad_scale)
         assert param.grad is not None
-        updates[home.subgroup].append(SliceUpdate(home.item, param.grad.detach().reshape(-1), cached[key]))
+        grad = param.grad.detach().reshape(-1)
+        updates[home.subgroup].append(SliceUpdate(home.item, grad, flat(param), cached[key]))
     return dict(updates)

@@ -246,7 +246,7 @@ def _exposed(record: StepRecord, update_s: float) -> Iterator[Verdict]:
     if record.overlap == "none" and record.model_s > 0:
         text = (
             f"the update begins when backward is over and nothing hides it, while forward and backward leave the link "
-            f"and the CPU idle for {_ms(record.model_s)}: let them overlap"
+            f"and the CPU idle for {_ms(record.model_s)}: construct the optimizer with overlap='auto'"
         )
         yield Verdict("update after backward", text, min(update_s, record.model_s))
 

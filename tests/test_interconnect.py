@@ -64,6 +64,8 @@ CONFIGURATIONS = [
     (7e9, 2e9, 1e9, 0.0, 1e-5, 1e11, 1e11),
 ]
 
+# (h2d, d2h, each way while both are busy)
+DUPLEX = [(12e9, 10e9, 7e9), (25e9, 25e9, 12.5e9), (6e9, 3e9, 2.5e9)]
 # So slow that few operations take long: the emulated device really computes.
 SLOW_DEVICES = [
     (12e9, 12e9, 4e9, 5e-6, 4e-6, 1e10, 1e10),
@@ -122,6 +124,17 @@ def test_recovers_the_device_and_its_overlap(sim: ModuleType, steady_host: None,
         elif result.unit == "share":
             assert result.value == pytest.approx(1, abs=0.05), result.name
     assert not report.problems()
+
+
+@pytest.mark.parametrize("rates", DUPLEX, ids=lambda rates: f"{rates[2] / 1e9:g}GB")
+def test_recovers_how_the_directions_share_the_link(sim: ModuleType, rates: tuple[float, float, float]) -> None:
+    h2d, d2h, both = rates
+    sim.set_profile(h2d_bytes_per_s=h2d, d2h_bytes_per_s=d2h, both_bytes_per_s=both, latency_s=0, launch_s=1e-6)
+    sim.configure(races=False)
+    report = run_suite("sim", replace(TINY, copy_bytes=512 * KIB), only=("copy", "duplex"))
+    assert report.figures["both_bytes_per_s"] == pytest.approx(both, rel=0.05)
+    kept = {result.source: result.details["share_of_alone"] for result in report.group("duplex")}
+    assert kept == pytest.approx({"pinned": both / h2d, "device": both / d2h}, rel=0.05)
 
 
 def test_one_queue_for_both_directions_shows_as_half_duplex(sim: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,7 +94,7 @@ def test_error_crosses_to_a_lane_that_waits() -> None:
 
 def test_synchronizing_all_lanes_raises_a_workers_error() -> None:
     idle = inline_lanes().compute
-    lanes = Lanes(compute=idle, h2d=idle, d2h=idle, host=host_lane())
+    lanes = Lanes(compute=idle, h2d=idle, d2h=idle, host=host_lane(), update=idle)
     lanes.synchronize()
     lanes.host.submit(Work("C0@0", explode))
     with pytest.raises(ArithmeticError):

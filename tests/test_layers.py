@@ -19,10 +19,10 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         frozenset,
         (
             {"plan", "kernels", "accelerators", "hardware", "processors"},
-            {"lanes", "accounting", "gradients", "meters", "phase_hooks", "_table", "facts"},
-            {"subgroup", "monitor", "timeline", "testing"},
+            {"lanes", "accounting", "gradients", "meters", "pending", "phase_hooks", "_table", "facts"},
+            {"subgroup", "module_waits", "monitor", "timeline", "testing"},
             {"pool", "policy", "executor", "adam"},
-            {"homes", "ordering", "layout", "masters", "perf_model"},
+            {"conductor", "early", "homes", "ordering", "layout", "masters", "perf_model"},
             {"bounds", "phases"},
             {"scheduling", "estimate", "calibration", "timing", "optimizer_state", "updates"},
             {"planner", "tracing"},

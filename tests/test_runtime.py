@@ -45,7 +45,10 @@ def packed_params(device: torch.device, numels: Sequence[int]) -> list[Packed]:
 def updates_of(built: Runtime, *, idle: Sequence[int] = ()) -> dict[int, list[SliceUpdate]]:
     """A gradient of 2 for every parameter that is not idle."""
     return {
-        i: [SliceUpdate(item, torch.full_like(item.param, 2.0), SCALARS) for item in actions.slices]
+        i: [
+            SliceUpdate(item, torch.full_like(item.param, 2.0), item.param.detach().view(-1), SCALARS)
+            for item in actions.slices
+        ]
         for i, actions in enumerate(built.actions)
         if i not in idle
     }
@@ -387,7 +390,7 @@ def test_refused_plan_breaks_nothing() -> None:
 def test_replanning_checks_what_it_chose(sim: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     built = build("auto", "sim:0")
     seen: list[Plan] = []
-    monkeypatch.setattr(runtime, "check_ordering", lambda plans, subgroups: seen.append(plans[-1]))
+    monkeypatch.setattr(runtime, "check_ordering", lambda plans, subgroups, **_: seen.append(plans[-1]))
     built.step(updates_of(built))
     built.step(updates_of(built))
     assert seen == ([built.plan] if built.decisions[0].action != "kept" else [])

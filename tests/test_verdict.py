@@ -52,7 +52,7 @@ class Machine:
         self.host_rate, self.busy_elsewhere, self.model_s = HOST, 0.0, 0.0
         self.num_steps = 1
 
-    def charge(self, _: float, name: str = "") -> None:
+    def charge(self, _: float, name: str = "", **amounts: int) -> None:
         self.sim.host_charge(NUMEL / self.host_rate if name.startswith("C") else 0.0, name)
 
     def run(self, path: Path, **options: Any) -> StepRecord:
@@ -140,7 +140,7 @@ def test_budget_too_small(machine: Machine, tmp_path: Path, budget: dict[str, in
 
 def test_update_after_backward(machine: Machine, tmp_path: Path) -> None:
     machine.model_s = 1e-4
-    record = machine.run(tmp_path / "t", **GOOD)
+    record = machine.run(tmp_path / "t", overlap="none", **GOOD)
     assert record.model_s == pytest.approx(1e-4)
     found = diagnose(record, EXPECTED)
     assert found.verdicts[0].cause == "update after backward"

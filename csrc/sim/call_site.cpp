@@ -13,9 +13,15 @@ namespace {
 constexpr size_t kMaxFrames = 3;
 
 struct Code {
-  bool is_torch;
+  bool is_hidden;
   std::string file, function;
 };
+
+bool is_of_torch_or_device(const std::string& path) {
+  for (const char* part : {"/torch/", "/offload/accelerators/", "/offload/testing/"})
+    if (path.find(part) != std::string::npos) return true;
+  return false;
+}
 
 std::string text_of(PyObject* text) {
   const char* utf8 = PyUnicode_AsUTF8(text);
@@ -30,13 +36,13 @@ const Code& describe(PyCodeObject* code) {
   if (entry != known->end()) return entry->second;
   Py_INCREF(code);
   std::string path = text_of(code->co_filename);
-  const bool is_torch = path.find("/torch/") != std::string::npos;
+  const bool is_hidden = is_of_torch_or_device(path);
   const size_t directory = path.rfind('/', path.rfind('/') - 1);  // keep one directory
   if (path.rfind('/') != std::string::npos && directory != std::string::npos) path = path.substr(directory + 1);
-  return known->emplace(code, Code{is_torch, path, text_of(code->co_name)}).first->second;
+  return known->emplace(code, Code{is_hidden, path, text_of(code->co_name)}).first->second;
 }
 
-// Frames outside torch, innermost first, as (code, line) pairs written into `key`; needs the GIL.
+// Frames outside torch and the device, innermost first, as (code, line) pairs written into `key`; needs the GIL.
 NameId python_call_site() {
   static auto* known = new std::unordered_map<std::string, NameId>;  // the GIL is its lock
   std::string key;
@@ -45,7 +51,7 @@ NameId python_call_site() {
   while (frame && frames.size() < kMaxFrames) {
     PyCodeObject* code = PyFrame_GetCode(frame);
     const Code& description = describe(code);
-    if (!description.is_torch) {
+    if (!description.is_hidden) {
       const int line = PyFrame_GetLineNumber(frame);
       frames.emplace_back(&description, line);
       key.append(reinterpret_cast<const char*>(&code), sizeof code);

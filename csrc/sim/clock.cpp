@@ -1,7 +1,6 @@
 #include "clock.h"
 
 #include <algorithm>
-#include <iterator>
 
 namespace sim {
 
@@ -21,35 +20,9 @@ double Cost::seconds(const Profile& profile) const {
   return profile.latency_s + num_bytes / (is_pageable ? std::min(link, profile.pageable_bytes_per_s) : link);
 }
 
-double Timeline::schedule(Engine engine, double ready_s, double duration_s) {
-  auto& busy = busy_[static_cast<int>(engine)];
-  double start_s = ready_s;
-  auto next = busy.upper_bound(start_s);
-  if (next != busy.begin()) start_s = std::max(start_s, std::prev(next)->second);
-  for (; next != busy.end() && next->first < start_s + duration_s; ++next) start_s = next->second;
-  if (duration_s <= 0) return start_s;
-
-  double merged_start_s = start_s, merged_end_s = start_s + duration_s;
-  if (next != busy.end() && next->first == merged_end_s) {
-    merged_end_s = next->second;
-    next = busy.erase(next);
-  }
-  if (next != busy.begin() && std::prev(next)->second == merged_start_s) {
-    merged_start_s = std::prev(next)->first;
-    busy.erase(std::prev(next));
-  }
-  busy[merged_start_s] = merged_end_s;
-  return start_s;
-}
-
-void Timeline::add(const Span& span) {
-  if (spans_.size() == kMaxSpans) spans_.pop_front();
-  spans_.push_back(span);
-}
-
-void Timeline::clear() {
-  for (auto& busy : busy_) busy.clear();
-  spans_.clear();
+double Cost::host_bytes(const Profile& profile) const {
+  if (engine == Engine::kH2D) return num_bytes * profile.host_bytes_per_h2d_byte;
+  return engine == Engine::kD2H ? num_bytes * profile.host_bytes_per_d2h_byte : 0;
 }
 
 }  // namespace sim

@@ -1,12 +1,9 @@
-// Two notions of time. A vector clock knows what happened before what; the virtual clock knows how long it took.
+// Two notions of time: a vector clock knows what happened before what, and costs say how long it took.
 #pragma once
 #include <cstddef>
 #include <cstdint>
-#include <deque>
-#include <map>
+#include <limits>
 #include <vector>
-
-#include "names.h"
 
 namespace sim {
 
@@ -24,13 +21,16 @@ class VectorClock {
 enum class Engine { kCompute, kH2D, kD2H, kHost };  // order as in offload/accelerators/sim.py
 
 struct Profile {
-  double h2d_bytes_per_s = 12e9;
+  double h2d_bytes_per_s = 12e9;  // each direction alone
   double d2h_bytes_per_s = 12e9;
+  double both_bytes_per_s = std::numeric_limits<double>::infinity();  // each way while both are busy
   double pageable_bytes_per_s = 4e9;
   double memory_bytes_per_s = 2e12;
   double flops = 50e12;
-  double latency_s = 5e-6;  // of a copy
-  double launch_s = 4e-6;   // of the host, for each operation
+  double latency_s = 5e-6;             // of a copy
+  double launch_s = 4e-6;              // of the host, for each operation
+  double host_bytes_per_h2d_byte = 1;  // of host memory, taken by copies
+  double host_bytes_per_d2h_byte = 1;
 };
 
 struct Cost {
@@ -39,30 +39,10 @@ struct Cost {
   double num_flops = 0;
   bool is_pageable = false;
 
-  double seconds(const Profile& profile) const;
+  double seconds(const Profile& profile) const;  // while nothing else runs
+  double host_bytes(const Profile& profile) const;
 };
 
-struct Span {
-  NameId name;
-  int stream;  // kHostStream for work of the host
-  Engine engine;
-  double start_s, end_s;
-};
 constexpr int kHostStream = -1;
-
-// When each engine is busy. An operation takes the first gap that holds it, so one that is enqueued early but must wait
-// does not hold up those behind it.
-class Timeline {
- public:
-  double schedule(Engine engine, double ready_s, double duration_s);  // returns the start
-  void add(const Span& span);
-  const std::deque<Span>& spans() const { return spans_; }
-  void clear();
-
- private:
-  static constexpr size_t kMaxSpans = 1 << 20;
-  std::map<double, double> busy_[3];  // start -> end, by engine, disjoint and not touching
-  std::deque<Span> spans_;
-};
 
 }  // namespace sim

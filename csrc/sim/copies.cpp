@@ -9,6 +9,8 @@
 #include <ATen/ops/equal.h>
 #include <torch/library.h>
 
+#include <string>
+
 #include "device.h"
 #include "kernel.h"
 #include "pinned.h"
@@ -17,9 +19,18 @@
 namespace sim {
 namespace {
 
-void wait_for_current_stream() {
-  Runtime::get().count_host_wait();
+void wait_for_current_stream(const char* reason) {
+  Runtime::get().count_host_wait(reason);
   Runtime::get().synchronize(current_stream());
+}
+
+// Whether the host must wait for a copy that was enqueued now. Waits although nobody asked for it are told.
+void wait_for_copy(bool non_blocking, bool is_pinned, const char* name, size_t num_bytes) {
+  if (non_blocking && is_pinned) return;
+  if (!non_blocking) return wait_for_current_stream("a blocking copy between host and device");
+  Runtime::get().warn(std::string(name) + " of " + std::to_string(num_bytes) +
+                      " bytes blocks although it was asked not to: the host memory is not pinned");
+  wait_for_current_stream("a copy of host memory that is not pinned");
 }
 
 Operation copy_operation(const at::Tensor& destination, const at::Tensor& source, Engine engine) {
@@ -35,6 +46,7 @@ Operation copy_operation(const at::Tensor& destination, const at::Tensor& source
 void enqueue_device_copy(const at::Tensor& destination, const at::Tensor& source) {
   Operation operation = copy_operation(destination, source, Engine::kCompute);
   operation.cost.num_bytes *= 2;  // read and written in the same memory
+  operation.access_kind = Access::Kind::kCopy;
   operation.run = [to = alias_on_cpu(destination), from = alias_on_cpu(source)] {
     KernelScope scope;
     to.copy_(from);
@@ -61,7 +73,7 @@ void copy_from_host(const at::Tensor& destination, const at::Tensor& source, boo
   // Another dtype or layout is made on the host first, in memory that is not pinned, as CUDA does it.
   const at::Tensor host = source.to(destination.scalar_type()).contiguous();
   const bool is_pinned = enqueue_link_copy(destination, host, host);
-  if (!non_blocking || !is_pinned) wait_for_current_stream();
+  wait_for_copy(non_blocking, is_pinned, "h2d", destination.nbytes());
 }
 
 void copy_to_host(const at::Tensor& destination, const at::Tensor& source, bool non_blocking) {
@@ -69,7 +81,7 @@ void copy_to_host(const at::Tensor& destination, const at::Tensor& source, bool 
   const bool is_direct = destination.is_contiguous();
   const at::Tensor host = is_direct ? destination : at::empty(destination.sizes(), destination.options());
   const bool is_pinned = enqueue_link_copy(host, device, host);
-  if (!non_blocking || !is_pinned) wait_for_current_stream();
+  wait_for_copy(non_blocking, is_pinned, "d2h", destination.nbytes());
   if (!is_direct) destination.copy_(host);
 }
 
@@ -101,7 +113,7 @@ void read_by_host(const at::Tensor& tensor) {
 
 at::Scalar local_scalar_dense(const at::Tensor& self) {
   read_by_host(self);
-  wait_for_current_stream();
+  wait_for_current_stream("reading a value, as .item() does,");
   return alias_on_cpu(self).item();
 }
 
@@ -112,7 +124,7 @@ bool values_equal(const at::Tensor& self, const at::Tensor& other) {
               self.device(), " and ", other.device(), "!");
   read_by_host(self);
   read_by_host(other);
-  wait_for_current_stream();
+  wait_for_current_stream("comparing tensors");
   return at::equal(alias_on_cpu(self), alias_on_cpu(other));
 }
 

@@ -99,8 +99,14 @@ class Guard final : public c10::impl::DeviceGuardImplInterface {
     return as_torch(std::exchange(current_stream_id, static_cast<int>(stream.id())));
   }
   bool queryStream(const c10::Stream& stream) const override { return Runtime::get().query(from_torch(stream)); }
-  void synchronizeStream(const c10::Stream& stream) const override { Runtime::get().synchronize(from_torch(stream)); }
-  void synchronizeDevice(c10::DeviceIndex) const override { Runtime::get().synchronize(); }
+  void synchronizeStream(const c10::Stream& stream) const override {
+    Runtime::get().check_may_wait("synchronizing a stream");
+    Runtime::get().synchronize(from_torch(stream));
+  }
+  void synchronizeDevice(c10::DeviceIndex) const override {
+    Runtime::get().check_may_wait("synchronizing the device");
+    Runtime::get().synchronize();
+  }
   void recordDataPtrOnStream(const c10::DataPtr& data, const c10::Stream& stream) const override {
     record_stream(data, stream);
   }
@@ -117,6 +123,7 @@ class Guard final : public c10::impl::DeviceGuardImplInterface {
     return !recording || Runtime::get().query(recording);
   }
   void synchronizeEvent(void* event) const override {
+    Runtime::get().check_may_wait("synchronizing an event");
     if (EventPtr recording = recording_of(event)) Runtime::get().synchronize(recording);
   }
   void destroyEvent(void* event, c10::DeviceIndex) const noexcept override { delete static_cast<EventHandle*>(event); }
@@ -161,7 +168,8 @@ void resize_storage(const c10::Storage& storage, size_t num_bytes) {
     operation.name = kResize;
     operation.run = [destination, source, num_kept] { std::memcpy(destination, source, num_kept); };
     operation.cost.num_bytes = 2.0 * static_cast<double>(num_kept);
-    operation.accesses = {{from, from + num_kept, false}, {to, to + num_kept, true}};
+    operation.accesses = {{{from, from + num_kept, nullptr}, false}, {{to, to + num_kept, nullptr}, true}};
+    operation.access_kind = Access::Kind::kCopy;
     Runtime::get().enqueue(current_stream(), std::move(operation));
   }
   impl->set_data_ptr_noswap(std::move(data));

@@ -86,10 +86,21 @@ Values run_later(const OperatorInfo& info, const Values& arguments, const Values
   return results;
 }
 
+// Work on the block may still be queued, by a former owner or as the fill of fresh memory.
+void wait_to_write(const at::Tensor& tensor) {
+  static const NameId kResult = intern("result of the host");
+  Operation operation;
+  operation.name = kResult;
+  operation.run = [] {};
+  operation.accesses = {range_of(tensor, true)};
+  operation.is_bookkeeping = true;
+  Runtime::get().enqueue(current_stream(), std::move(operation));
+  Runtime::get().synchronize(current_stream());
+}
+
 at::Tensor copy_to_device(const at::Tensor& cpu) {
   at::Tensor result = empty_on_device(cpu.sizes(), cpu.strides(), cpu.scalar_type());
-  // Work on this block may still be queued, by a former owner or as the fill of fresh memory.
-  Runtime::get().synchronize(current_stream());
+  wait_to_write(result);
   KernelScope scope;
   if (cpu.numel()) alias_on_cpu(result).copy_(cpu);
   return result;
@@ -109,7 +120,7 @@ at::Tensor view_on_device(const at::Tensor& cpu_view, const std::vector<AliasedT
 void take_back_resized(const AliasedTensor& alias) {
   if (alias.cpu.sizes() != alias.device.sizes()) resize_tensor(alias.device, alias.cpu.sizes(), std::nullopt);
   if (alias.cpu.numel() == 0 || alias.cpu.data_ptr() == device_memory().bytes_of(alias.device.data_ptr())) return;
-  Runtime::get().synchronize(current_stream());  // the fill of fresh memory
+  wait_to_write(alias.device);
   KernelScope scope;
   alias_on_cpu(alias.device).copy_(alias.cpu);
 }
@@ -137,7 +148,7 @@ void wait_for_arguments(const OperatorInfo& info, Touched touched) {
   operation.accesses = std::move(touched.ranges);
   operation.run = [] {};  // the host does it, after the wait
   Runtime::get().enqueue(current_stream(), std::move(operation));
-  Runtime::get().count_host_wait();
+  Runtime::get().count_host_wait(info.name.c_str());
   Runtime::get().synchronize(current_stream());
 }
 

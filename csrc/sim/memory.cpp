@@ -63,6 +63,18 @@ char* DeviceMemory::bytes_of(const void* pointer) const {
   return owns(pointer) ? backing_ + offset(pointer) : static_cast<char*>(const_cast<void*>(pointer));
 }
 
+std::string DeviceMemory::describe(uintptr_t begin, uintptr_t end) {
+  Runtime::Lock lock;
+  const size_t first = offset(reinterpret_cast<void*>(begin)), num_bytes = end - begin;
+  auto block = live_.upper_bound(first);
+  if (block == live_.begin() || first >= std::prev(block)->second.offset + std::prev(block)->second.size)
+    return "in no block that is allocated now";
+  const Block& owner = std::prev(block)->second;
+  const size_t begin_in_block = first - owner.offset;
+  return "from " + std::to_string(begin_in_block) + " to " + std::to_string(begin_in_block + num_bytes) +
+         " of a block of " + std::to_string(owner.requested);
+}
+
 // ---- allocating
 
 void* DeviceMemory::allocate(size_t num_bytes, int stream) {
@@ -78,6 +90,8 @@ void* DeviceMemory::allocate(size_t num_bytes, int stream) {
     stats_.requested_bytes[0].increase(num_bytes);
     stats_.allocation[0].increase(1);
     live_[offset] = Block{offset, size, num_bytes, stream, {}};
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(guard_) + offset;
+    Runtime::get().mark_fresh(begin, begin + size);
     return true;
   };
   if (!take()) {
@@ -142,10 +156,9 @@ void DeviceMemory::free(void* pointer) {
   pending_.push_back({std::move(block), std::move(uses)});
 }
 
-// Its history stays known to the race detector: that is how a missing record_stream is found, at the latest when the
-// next owner writes, at once if freed memory is filled with NaN.
+// Its history stays known to the race detector: that is how a missing record_stream is found.
 void DeviceMemory::recycle(const Block& block) {
-  if (Runtime::get().poisons()) fill_with_nan(block);
+  enqueue_free(block);
   cached_[block.stream].emplace(block.size, block.offset);
   stats_.active_bytes[0].decrease(block.size);
 }
@@ -171,15 +184,20 @@ void DeviceMemory::record_use(const void* pointer, int stream) {
 }
 
 // In stream order, as the next owner's first kernel would write it.
-void DeviceMemory::fill_with_nan(const Block& block) {
+void DeviceMemory::enqueue_free(const Block& block) {
+  auto& runtime = Runtime::get();
+  if (!runtime.poisons() && !runtime.finds_races()) return;
   static const NameId kFree = intern("free");
   const uintptr_t begin = reinterpret_cast<uintptr_t>(guard_) + block.offset;
   Operation operation;
   operation.name = kFree;
-  operation.run = [bytes = backing_ + block.offset, size = block.size] { std::memset(bytes, kNanByte, size); };
-  operation.accesses = {{begin, begin + block.size, true}};
+  if (runtime.poisons())
+    operation.run = [bytes = backing_ + block.offset, size = block.size] { std::memset(bytes, kNanByte, size); };
+  else
+    operation.run = [] {};
+  operation.accesses = {{{begin, begin + block.size, nullptr}, true}};
+  operation.access_kind = Access::Kind::kFree;
   operation.is_bookkeeping = true;
-  auto& runtime = Runtime::get();
   runtime.enqueue(runtime.stream(block.stream), std::move(operation));
 }
 

@@ -12,7 +12,7 @@
 #include <cstddef>
 #include <map>
 #include <set>
-#include <unordered_map>
+#include <string>
 #include <vector>
 
 #include "runtime.h"
@@ -32,6 +32,8 @@ class DeviceMemory {
   size_t offset(const void* pointer) const { return static_cast<const char*>(pointer) - guard_; }
   // The bytes behind a device pointer; other pointers as they are.
   char* bytes_of(const void* pointer) const;
+  // Where in which block, as text for reports.
+  std::string describe(uintptr_t begin, uintptr_t end);
 
   void* allocate(size_t num_bytes, int stream);  // throws c10::OutOfMemoryError
   void free(void* pointer);
@@ -60,7 +62,7 @@ class DeviceMemory {
   void reclaim_pending();
   void release_cached_blocks();
   void recycle(const Block& block);
-  void fill_with_nan(const Block& block);
+  void enqueue_free(const Block& block);
   [[noreturn]] void throw_out_of_memory(size_t num_bytes);
 
   size_t capacity_ = 0;
@@ -68,7 +70,7 @@ class DeviceMemory {
   char* backing_ = nullptr;
   std::map<size_t, size_t> unused_;                      // offset -> size
   std::map<int, std::multimap<size_t, size_t>> cached_;  // stream -> size -> offset
-  std::unordered_map<size_t, Block> live_;               // by offset
+  std::map<size_t, Block> live_;                         // by offset
   std::vector<Pending> pending_;
   Stats stats_;
 };

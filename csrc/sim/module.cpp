@@ -2,14 +2,18 @@
 #include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/extension.h>
 
 #include <cstring>
 #include <map>
 #include <optional>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "device.h"
 #include "memory.h"
+#include "tensors.h"
 
 namespace py = pybind11;
 
@@ -24,16 +28,19 @@ void set_profile(const std::map<std::string, double>& rates) {
                                                  {"memory_bytes_per_s", &profile.memory_bytes_per_s},
                                                  {"flops", &profile.flops},
                                                  {"latency_s", &profile.latency_s},
-                                                 {"launch_s", &profile.launch_s}};
+                                                 {"launch_s", &profile.launch_s},
+                                                 {"both_bytes_per_s", &profile.both_bytes_per_s},
+                                                 {"host_bytes_per_h2d_byte", &profile.host_bytes_per_h2d_byte},
+                                                 {"host_bytes_per_d2h_byte", &profile.host_bytes_per_d2h_byte}};
   for (auto& [name, value] : rates) *fields.at(name) = value;
   Runtime::get().set_profile(profile);
 }
 
 py::list trace() {
   py::list rows;
-  for (const Span& span : Runtime::get().spans())
+  for (const TaskPtr& task : Runtime::get().spans())
     rows.append(
-        py::make_tuple(name_of(span.name), span.stream, static_cast<int>(span.engine), span.start_s, span.end_s));
+        py::make_tuple(name_of(task->name), task->stream, static_cast<int>(task->engine), task->start_s, task->end_s));
   return rows;
 }
 
@@ -63,8 +70,13 @@ void manual_seed(uint64_t seed) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace sim;
   py::class_<HostMark>(m, "HostMark");
-  m.def("configure", [](int executor, uint64_t seed, bool races, bool poison) {
-    Runtime::get().configure({static_cast<Executor>(executor), seed, races, poison});
+  m.def("configure", [](int executor, uint64_t seed, std::vector<size_t> script, bool races, bool poison) {
+    Runtime::get().configure({static_cast<Executor>(executor), seed, std::move(script), races, poison});
+  });
+  m.def("choices", [] {
+    std::vector<std::pair<size_t, std::optional<size_t>>> choices;
+    for (const Choice& choice : Runtime::get().choices()) choices.emplace_back(choice.chosen, choice.next);
+    return choices;
   });
   m.def("set_profile", &set_profile);
   m.def("capacity", [] { return device_memory().capacity(); });
@@ -74,10 +86,18 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("clear_races", [] { Runtime::get().clear_races(); });
   m.def("counts", [] { return Runtime::get().counts(); });
   m.def("trace", &trace);
-  m.def("host_access", [](uintptr_t begin, size_t num_bytes, bool is_write, const std::string& name) {
-    Runtime::get().host_access({begin, begin + num_bytes, is_write}, name);
+  m.def("host_access", [](const at::Tensor& tensor, bool is_write, const std::string& name) {
+    Runtime::get().host_access(range_of(tensor, is_write), name);
   });
-  m.def("host_charge", [](double seconds, const std::string& name) { Runtime::get().host_charge(seconds, name); });
+  m.def("last_write",
+        [](const at::Tensor& tensor) { return Runtime::get().last_write(range_of(tensor, false).bytes); });
+  m.def("warnings", [] { return Runtime::get().warnings(); });
+  m.def("forbid_sync", [](bool is_forbidden) { Runtime::get().forbid_sync(is_forbidden); });
+  m.def("report", [](const std::string& text) { Runtime::get().report(text); });
+  m.def("host_charge", [](double seconds, double num_bytes, const std::string& name) {
+    Runtime::get().host_charge(seconds, num_bytes, name);
+  });
+  m.def("set_host_memory", [](double bytes_per_s) { Runtime::get().set_host_memory(bytes_per_s); });
   m.def("host_time_s", [] { return Runtime::get().host_time_s(); });
   m.def("own_host_clock", [] { Runtime::get().own_host_clock(); });
   m.def("host_mark", [] { return Runtime::get().host_mark(); });

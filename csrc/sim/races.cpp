@@ -8,52 +8,118 @@
 namespace sim {
 namespace {
 
-std::string describe(const Access& access, const char* verb) {
-  std::string text = name_of(access.name) + " " + verb;
-  text += access.stream == kHostStream ? " on the host" : " on stream " + std::to_string(access.stream);
+std::string place_of(const Access& access) {
+  std::string text = access.stream == kHostStream ? " on the host" : " on stream " + std::to_string(access.stream);
   if (access.call_site) text += " (" + name_of(access.call_site) + ")";
   return text;
 }
 
+std::string describe(const Access& access, bool is_write) {
+  return name_of(access.name) + (is_write ? " writes" : " reads") + place_of(access);
+}
+
+std::string describe(const Footprint& bytes) {
+  const std::string gaps = bytes.strides ? " with gaps" : "";
+  const std::string text = std::to_string(bytes.end - bytes.begin) + " bytes" + gaps + " of ";
+  if (device_memory().owns(reinterpret_cast<void*>(bytes.begin)))
+    return text + "device memory, " + device_memory().describe(bytes.begin, bytes.end);
+  return text + "host memory at " + std::to_string(bytes.begin);
+}
+
 }  // namespace
 
-void RaceDetector::check(const Access& access, const VectorClock& clock, const ByteRange& range) {
-  if (range.begin >= range.end) return;
-  split(range.begin);
-  split(range.end);
-  auto is_unordered = [&](const Access& earlier) { return !clock.knows(earlier.component, earlier.tick); };
-  const auto first = segments_.lower_bound(range.begin), last = segments_.lower_bound(range.end);
+void RaceDetector::check(const Access& access, const VectorClock& clock, const std::vector<ByteRange>& ranges) {
+  if (access.kind == Access::Kind::kUse)
+    for (const ByteRange& range : ranges)
+      if (!range.is_write) check_fresh(access, range);
+  for (const bool is_write : {true, false})  // bytes that are read and written are reported as written
+    for (const ByteRange& range : ranges)
+      if (range.is_write == is_write && !range.bytes.is_empty()) check_one(access, clock, range);
+}
+
+void RaceDetector::check_one(const Access& access, const VectorClock& clock, const ByteRange& range) {
+  const Footprint& bytes = range.bytes;
+  split(bytes.begin);
+  split(bytes.end);
+  const auto first = segments_.lower_bound(bytes.begin), last = segments_.lower_bound(bytes.end);
   for (auto it = first; it != last; ++it) {
-    const ByteRange shared{it->first, it->second.end, range.is_write};
-    if (it->second.write && is_unordered(*it->second.write))
-      report(access, range.is_write, *it->second.write, true, shared);
+    const Segment& segment = it->second;
+    const Footprint shared{it->first, segment.end, bytes.strides};
+    auto compare = [&](const Past& earlier, bool is_write) {
+      if (clock.knows(earlier.access.component, earlier.access.tick) || !earlier.bytes.overlaps(bytes)) return;
+      report(access, range.is_write, earlier.access, is_write, shared);
+    };
+    if (segment.write) compare(*segment.write, true);
+    for (const Past& earlier : segment.strided_writes) compare(earlier, true);
     if (!range.is_write) continue;
-    for (const Access& earlier : it->second.reads)
-      if (is_unordered(earlier)) report(access, true, earlier, false, shared);
+    for (const Past& earlier : segment.reads) compare(earlier, false);
   }
-  if (range.is_write) {
-    segments_.erase(first, last);
-    segments_[range.begin] = Segment{range.end, access, {}};
-  } else {
-    read(access, range);
+  range.is_write ? write(access, bytes) : read(access, bytes);
+}
+
+void RaceDetector::check_fresh(const Access& access, const ByteRange& range) {
+  for (auto it = first_touching(range.bytes.begin); it != segments_.end() && it->first < range.bytes.end; ++it)
+    if (it->second.is_fresh && range.bytes.overlaps({it->first, it->second.end, nullptr}))
+      return add_report(describe(access, false) + " what nothing has written since it was allocated", range.bytes);
+}
+
+RaceDetector::Segments::const_iterator RaceDetector::first_touching(uintptr_t begin) const {
+  auto next = segments_.upper_bound(begin);
+  if (next == segments_.begin()) return next;
+  auto before = std::prev(next);
+  return before->second.end > begin ? before : next;
+}
+
+// Visits the segments of [begin, end), made where there are none; the bounds are bounds of segments already.
+template <class F>
+void RaceDetector::for_each_segment(uintptr_t begin, uintptr_t end, F visit) {
+  uintptr_t at = begin;
+  for (auto it = segments_.lower_bound(at); at < end; ++it) {
+    const uintptr_t next = it == segments_.end() ? end : std::min(it->first, end);
+    if (at < next) it = segments_.insert(it, {at, Segment{next, std::nullopt, {}, {}}});
+    at = it->second.end;
+    visit(it->second);
   }
 }
 
-void RaceDetector::read(const Access& access, const ByteRange& range) {
-  uintptr_t at = range.begin;
-  for (auto it = segments_.lower_bound(at); at < range.end; ++it) {
-    const uintptr_t next = it == segments_.end() ? range.end : std::min(it->first, range.end);
-    if (at < next) it = segments_.insert(it, {at, Segment{next, std::nullopt, {}}});
-    at = it->second.end;
-    const std::optional<Access>& write = it->second.write;
-    if (write && write->component == access.component && write->tick == access.tick) continue;  // the write says it
-    auto& reads = it->second.reads;
-    auto own = std::find_if(reads.begin(), reads.end(), [&](auto& r) { return r.component == access.component; });
-    if (own == reads.end())
-      reads.push_back(access);
-    else
-      *own = access;
+void RaceDetector::write(const Access& access, const Footprint& bytes) {
+  num_writes_++;
+  if (!bytes.strides) {
+    segments_.erase(segments_.lower_bound(bytes.begin), segments_.lower_bound(bytes.end));
+    segments_[bytes.begin] = Segment{bytes.end, Past{access, bytes}, {}, {}, false, num_writes_};
+    return;
   }
+  for_each_segment(bytes.begin, bytes.end, [&](Segment& segment) {
+    auto& writes = segment.strided_writes;
+    auto own = std::find_if(writes.begin(), writes.end(), [&](const Past& past) {
+      return past.access.component == access.component && past.bytes.is_same(bytes);
+    });
+    if (own != writes.end())
+      own->access = access;
+    else
+      writes.push_back({access, bytes});
+    if (writes.size() > kMaxStrided) writes.erase(writes.begin());
+    segment.is_fresh = false;  // as far as is known: the gaps may still be
+    segment.num_writes = num_writes_;
+  });
+}
+
+void RaceDetector::read(const Access& access, const Footprint& bytes) {
+  for_each_segment(bytes.begin, bytes.end, [&](Segment& segment) {
+    auto is_this_operation = [&](const Past& past) {
+      return past.access.component == access.component && past.access.tick == access.tick;
+    };
+    if (segment.write && is_this_operation(*segment.write)) return;  // the write says it
+    auto& reads = segment.reads;
+    auto own = std::find_if(reads.begin(), reads.end(), [&](const Past& past) {
+      return past.access.component == access.component && (!bytes.strides || past.bytes.is_same(bytes));
+    });
+    if (own != reads.end())
+      *own = {access, bytes};
+    else
+      reads.push_back({access, bytes});
+    if (reads.size() > kMaxStrided) reads.erase(reads.begin());
+  });
 }
 
 // Make `at` a boundary between segments.
@@ -68,15 +134,24 @@ void RaceDetector::split(uintptr_t at) {
 }
 
 void RaceDetector::report(const Access& access, bool is_write, const Access& earlier, bool earlier_is_write,
-                          const ByteRange& range) {
-  const bool is_device = device_memory().owns(reinterpret_cast<void*>(range.begin));
-  std::string text = describe(access, is_write ? "writes" : "reads") + ", unordered after " +
-                     describe(earlier, earlier_is_write ? "writes" : "reads");
-  // Told once, not again for each piece of memory and each iteration.
-  if (reports_.size() == kMaxReports || !reported_.insert(text).second) return;
-  const uintptr_t offset = is_device ? device_memory().offset(reinterpret_cast<void*>(range.begin)) : range.begin;
-  reports_.push_back(text + ": " + std::to_string(range.end - range.begin) + " bytes of " +
-                     (is_device ? "device" : "host") + " memory at " + std::to_string(offset));
+                          const Footprint& bytes) {
+  if (access.kind == Access::Kind::kFree) {
+    add_report("memory is freed" + place_of(access) + ", unordered after " + describe(earlier, earlier_is_write) +
+                   ": record_stream is missing, or a wait for that stream",
+               bytes);
+  } else if (earlier.kind == Access::Kind::kFree) {
+    add_report(describe(access, is_write) + ", unordered after the memory was freed" + place_of(earlier), bytes);
+  } else {
+    add_report(describe(access, is_write) + ", unordered after " + describe(earlier, earlier_is_write), bytes);
+  }
+}
+
+void RaceDetector::add_report(const std::string& text, const Footprint& bytes) {
+  if (reports_.size() < kMaxReports && reported_.insert(text).second) reports_.push_back(text + ": " + describe(bytes));
+}
+
+void RaceDetector::add_report(const std::string& text) {
+  if (reports_.size() < kMaxReports && reported_.insert(text).second) reports_.push_back(text);
 }
 
 void RaceDetector::forget(uintptr_t begin, uintptr_t end) {
@@ -84,6 +159,19 @@ void RaceDetector::forget(uintptr_t begin, uintptr_t end) {
   split(begin);
   split(end);
   segments_.erase(segments_.lower_bound(begin), segments_.lower_bound(end));
+}
+
+void RaceDetector::mark_fresh(uintptr_t begin, uintptr_t end) {
+  split(begin);
+  split(end);
+  for_each_segment(begin, end, [](Segment& segment) { segment.is_fresh = true; });
+}
+
+uint64_t RaceDetector::last_write(const Footprint& bytes) const {
+  uint64_t last = 0;
+  for (auto it = first_touching(bytes.begin); it != segments_.end() && it->first < bytes.end; ++it)
+    last = std::max(last, it->second.num_writes);
+  return last;
 }
 
 void RaceDetector::clear_reports() {

@@ -136,11 +136,16 @@ const at::Tensor& resize_tensor(const at::Tensor& self, at::IntArrayRef sizes, s
 }
 
 ByteRange range_of(const at::Tensor& tensor, bool is_write) {
-  if (tensor.numel() == 0) return {0, 0, is_write};
-  int64_t num_elements = 1;
-  for (int64_t i = 0; i < tensor.dim(); i++) num_elements += (tensor.size(i) - 1) * tensor.stride(i);
-  const auto begin = reinterpret_cast<uintptr_t>(tensor.data_ptr());
-  return {begin, begin + num_elements * tensor.element_size(), is_write};
+  if (tensor.numel() == 0) return {{0, 0, nullptr}, is_write};
+  Footprint bytes = footprint_of(reinterpret_cast<uintptr_t>(tensor.data_ptr()), tensor.sizes().data(),
+                                 tensor.strides().data(), tensor.sizes().size(), tensor.element_size());
+  if (is_on_device(tensor)) {
+    const size_t needed = tensor.storage_offset() * tensor.element_size() + (bytes.end - bytes.begin);
+    TORCH_CHECK(needed <= tensor.storage().nbytes(), "sim: use after free: a tensor needs ", needed,
+                " bytes of a storage that was resized to ", tensor.storage().nbytes(),
+                "; resize the storage back before using the tensor");
+  }
+  return {std::move(bytes), is_write};
 }
 
 }  // namespace sim

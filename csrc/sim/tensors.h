@@ -21,7 +21,7 @@ at::Tensor view_of(const at::Tensor& base, at::IntArrayRef sizes, at::IntArrayRe
                    caffe2::TypeMeta dtype);
 const at::Tensor& resize_tensor(const at::Tensor& self, at::IntArrayRef sizes, std::optional<at::MemoryFormat> format);
 
-// From the first to the last byte that the tensor touches; gaps between its rows count as touched.
+// The bytes that the tensor touches. Throws if its storage was made smaller than that, as by resize_(0).
 ByteRange range_of(const at::Tensor& tensor, bool is_write);
 
 }  // namespace sim

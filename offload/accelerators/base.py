@@ -96,8 +96,12 @@ class Accelerator:
         To be called by the thread that does the work, after it has waited for the events the work depends on.
         """
 
-    def charge_host_time(self, seconds: float, name: str = "host work") -> None:
-        """Advance the virtual clock of the calling thread: work called ``name`` took ``seconds``."""
+    def charge_host_time(self, seconds: float, name: str = "host work", *, numel: int = 0, num_bytes: int = 0) -> None:
+        """Advance the virtual clock of the calling thread: work called ``name`` took ``seconds``.
+
+        It updated ``numel`` parameters and read and wrote ``num_bytes`` of host memory, from which an emulated machine
+        may find the time that it would take there.
+        """
 
     def host_time_s(self) -> float:
         """The clock that work of the host is timed with, in seconds from an arbitrary start."""

@@ -8,56 +8,50 @@ Times are seconds of a virtual clock that operations advance by what the profile
 
 from __future__ import annotations
 
-import gc
-import re
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
-from torch.utils import backend_registration
 
 from offload.accelerators.base import Accelerator
-from offload.accelerators.sim_build import load_extension
+from offload.accelerators.sim_device import load, loaded, set_capacity
+from offload.accelerators.sim_rates import DEFAULT_RATES, emulate, set_profile, update_seconds
 
 __all__ = [
     "Executor",
     "TraceSpan",
+    "choices",
     "clear_races",
     "configure",
     "counts",
+    "emulate",
+    "forbid_sync",
     "host_access",
     "host_charge",
     "host_join",
     "host_mark",
     "host_time_s",
+    "last_write",
     "load",
     "own_host_clock",
     "races",
+    "report",
     "reset",
+    "seed_of",
     "set_profile",
     "trace",
+    "warnings",
 ]
 
-Executor = Literal["sync", "threads", "lazy", "eager", "random"]
+Executor = Literal["sync", "threads", "lazy", "eager", "random", "systematic"]
 
 _EXECUTORS: tuple[Executor, ...] = get_args(Executor)
 _ENGINES = ("compute", "h2d", "d2h", "host")
-_UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 _DEFAULT_CAPACITY = "1GiB"
-# Round figures of the order of a PCIe 4 desktop accelerator; a test that cares sets its own.
-_DEFAULT_PROFILE = {
-    "h2d_bytes_per_s": 12e9,
-    "d2h_bytes_per_s": 12e9,
-    "pageable_bytes_per_s": 4e9,
-    "memory_bytes_per_s": 2e12,
-    "flops": 50e12,
-    "latency_s": 5e-6,
-    "launch_s": 4e-6,
-}
-
-_extension: Any = None
+_CHOICE_BITS = 6  # of a seed of "systematic": the host and 33 streams at most are what a choice is among
 
 
 class TraceSpan(NamedTuple):
@@ -68,83 +62,6 @@ class TraceSpan(NamedTuple):
     engine: str
     start_s: float
     end_s: float
-
-
-class _DeviceModule:
-    """``torch.sim``: what torch asks a device module for; the rest is ``torch.accelerator``."""
-
-    Stream = torch.Stream
-    Event = torch.Event
-    _initialized = True  # torch.utils.checkpoint then keeps the device's random state
-
-    class device:  # noqa: N801 - torch's name
-        """Context of the one device there is."""
-
-        def __init__(self, index: object) -> None:
-            pass
-
-        def __enter__(self) -> _DeviceModule.device:
-            return self
-
-        def __exit__(self, *exc_info: object) -> None:
-            pass
-
-    def is_available(self) -> bool:
-        return True
-
-    def is_initialized(self) -> bool:
-        return True
-
-    def _is_in_bad_fork(self) -> bool:
-        return False
-
-    def device_count(self) -> int:
-        return 1
-
-    def current_device(self) -> int:
-        return 0
-
-    def set_device(self, device: object) -> None:
-        pass
-
-    def get_amp_supported_dtype(self) -> list[torch.dtype]:
-        return [torch.float16, torch.bfloat16]
-
-    def is_bf16_supported(self) -> bool:
-        return True
-
-    def manual_seed(self, seed: int) -> None:
-        _extension.manual_seed(seed)
-
-    def manual_seed_all(self, seed: int) -> None:
-        _extension.manual_seed(seed)
-
-    def get_rng_state(self, device: object = 0) -> Tensor:
-        return torch.frombuffer(bytearray(_extension.get_rng_state()), dtype=torch.uint8)
-
-    def set_rng_state(self, new_state: Tensor, device: object = 0) -> None:
-        _extension.set_rng_state(bytes(new_state.tolist()))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch.accelerator, name)
-
-
-def load() -> None:
-    """Build the device if need be (about a minute, then cached) and register it as "sim". Calling it again is free.
-
-    Raises:
-        RuntimeError: the build failed, or another device is registered already; the message says what to do.
-    """
-    global _extension  # one device per process, as torch has it
-    if _extension is not None:
-        return
-    name = torch._C._get_privateuse1_backend_name()
-    if name not in ("privateuseone", "sim"):
-        raise RuntimeError(f"torch already has device {name!r} in the one place for such devices: use another process")
-    _extension = load_extension()
-    backend_registration.rename_privateuse1_backend("sim")
-    torch._register_device_module("sim", _DeviceModule())  # type: ignore[no-untyped-call]
-    backend_registration.generate_methods_for_privateuse1_backend(for_storage=True)
 
 
 def configure(
@@ -159,8 +76,9 @@ def configure(
     Args:
         executor: the order in which enqueued work really runs. "sync": at once. "threads": a thread per stream, links
             as slow as the profile says. "lazy": as late as the host's waits allow. "eager": other streams first.
-            "random": any order that events allow, drawn from ``seed``.
-        seed: of "random".
+            "random": any order that events allow, drawn from ``seed``. "systematic": the one order that ``seed`` names,
+            as :func:`offload.testing.explore` found it.
+        seed: of "random" and "systematic".
         capacity: device memory, in bytes or as "1GiB"; None leaves it as it is (1 GiB at first).
         races: look for accesses that nothing orders.
         poison: fill memory with NaN when it is freed, in stream order.
@@ -171,99 +89,129 @@ def configure(
     """
     if executor not in _EXECUTORS:
         raise ValueError(f"executor must be one of {', '.join(_EXECUTORS)}, not {executor!r}")
-    extension = _loaded()
+    extension = loaded()
     if capacity is not None:
-        _set_capacity(extension, _parse_bytes(capacity))
-    extension.configure(_EXECUTORS.index(executor), seed, races, poison)
+        set_capacity(capacity)
+    is_scripted = executor == "systematic"
+    script = _choices_of(seed) if is_scripted else []
+    extension.configure(_EXECUTORS.index(executor), 0 if is_scripted else seed, script, races, poison)
+
+
+def choices() -> list[tuple[int, int | None]]:
+    """What "systematic" chose so far, and for each choice the next that makes a difference; see ``explore``."""
+    return [tuple(choice) for choice in loaded().choices()]
+
+
+def seed_of(chosen: Sequence[int]) -> int:
+    """The seed of "systematic" that makes these choices."""
+    return sum(choice << _CHOICE_BITS * i for i, choice in enumerate(chosen))
+
+
+def _choices_of(seed: int) -> list[int]:
+    if seed < 0:
+        raise ValueError(f"seed of 'systematic' must not be negative, got {seed}: use one that explore() printed")
+    digits = range(-(-seed.bit_length() // _CHOICE_BITS))
+    return [seed >> _CHOICE_BITS * i & (1 << _CHOICE_BITS) - 1 for i in digits]
 
 
 def reset() -> None:
     """What :func:`configure` starts from, for the next test: 1 GiB, rates as at first, nothing cached."""
     torch.accelerator.synchronize()
     torch.accelerator.empty_cache()
-    set_profile(**_DEFAULT_PROFILE)
+    set_profile(**DEFAULT_RATES)
     configure(capacity=_DEFAULT_CAPACITY)
 
 
-def set_profile(
-    *,
-    h2d_bytes_per_s: float | None = None,
-    d2h_bytes_per_s: float | None = None,
-    pageable_bytes_per_s: float | None = None,
-    memory_bytes_per_s: float | None = None,
-    flops: float | None = None,
-    latency_s: float | None = None,
-    launch_s: float | None = None,
-) -> None:
-    """Set what operations cost in virtual time (and what links cost in "threads"); None leaves a rate as it is.
-
-    Args:
-        h2d_bytes_per_s, d2h_bytes_per_s: link rates, each direction on its own.
-        pageable_bytes_per_s: link rate from or to host memory that is not pinned.
-        memory_bytes_per_s, flops: of the device; an operation takes the longer of the two.
-        latency_s: of a copy. launch_s: of the host, for each operation enqueued.
-    """
-    rates = {name: value for name, value in locals().items() if value is not None}
-    for name, value in rates.items():
-        if value < 0 or (value == 0 and name not in ("latency_s", "launch_s")):
-            raise ValueError(f"{name} must be positive, not {value}")
-    _loaded().set_profile(rates)
-
-
 def races() -> list[str]:
-    """What the race detector found, a sentence each: both operations, their streams and their Python call sites."""
-    return list(_loaded().races())
+    """What is wrong with the program, a sentence each: accesses that nothing orders, with both operations, their
+    streams, the Python lines they came from and the bytes they share; memory freed while another stream may use it;
+    reads of device memory that nothing has written.
+    """
+    return list(loaded().races())
 
 
 def clear_races() -> None:
     """Forget the races found so far."""
-    _loaded().clear_races()
+    loaded().clear_races()
+
+
+def warnings() -> list[str]:
+    """What is right, but hardly meant, since :func:`configure`: copies asked not to block that do, because their host
+    memory is not pinned; more streams than the device has, so that two are one.
+    """
+    return list(loaded().warnings())
+
+
+@contextmanager
+def forbid_sync() -> Iterator[None]:
+    """Inside it, whatever makes the host wait for the device raises RuntimeError where it stands: synchronizing,
+    blocking copies, ``.item()``, operators whose shapes depend on data. Threads with a host clock of their own
+    (:func:`own_host_clock`) may wait all the same: that is their work.
+    """
+    extension = loaded()
+    extension.forbid_sync(True)
+    try:
+        yield
+    finally:
+        extension.forbid_sync(False)
+
+
+def last_write(tensor: Tensor) -> int:
+    """A number that grows with every write to the bytes of ``tensor``, whichever tensor it went through; 0 for none."""
+    return int(loaded().last_write(tensor))
+
+
+def report(text: str) -> None:
+    """Add to :func:`races`, with the Python line that this is called from, for a check of one's own."""
+    loaded().report(text)
 
 
 def counts() -> tuple[int, int]:
     """How many operations were enqueued, and how many of them made the host wait, since :func:`configure`."""
-    num_ops, num_host_waiting_ops = _loaded().counts()
+    num_ops, num_host_waiting_ops = loaded().counts()
     return num_ops, num_host_waiting_ops
 
 
 def trace() -> list[TraceSpan]:
     """All operations since :func:`configure`, in the order of enqueueing (the last million)."""
-    return [TraceSpan(name, stream, _ENGINES[engine], *span) for name, stream, engine, *span in _loaded().trace()]
+    return [TraceSpan(name, stream, _ENGINES[engine], *span) for name, stream, engine, *span in loaded().trace()]
 
 
 def host_time_s() -> float:
     """Virtual time of the calling thread's host clock."""
-    return float(_loaded().host_time_s())
+    return float(loaded().host_time_s())
 
 
-def host_charge(seconds: float, name: str = "host work") -> None:
-    """Advance the calling thread's host clock by work called ``name``."""
+def host_charge(seconds: float, name: str = "host work", num_bytes: float = 0) -> None:
+    """Advance the calling thread's host clock by work called ``name``.
+
+    The work takes ``seconds`` while nothing else runs, and reads and writes ``num_bytes`` of host memory meanwhile: it
+    takes longer where copies and other threads want more of that than there is.
+    """
     if seconds < 0:
         raise ValueError(f"cannot charge {seconds} s of host time: it must not be negative")
-    _loaded().host_charge(seconds, name)
+    loaded().host_charge(seconds, num_bytes, name)
 
 
 def host_access(tensor: Tensor, write: bool, name: str) -> None:
     """Tell the race detector that the calling thread now reads (or writes) ``tensor`` from the host."""
-    if tensor.numel() == 0:
-        return
-    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    _loaded().host_access(tensor.data_ptr(), span * tensor.element_size(), write, name)
+    if tensor.numel():
+        loaded().host_access(tensor, write, name)
 
 
 def own_host_clock() -> None:
     """See :meth:`offload.accelerators.Accelerator.own_host_clock`."""
-    _loaded().own_host_clock()
+    loaded().own_host_clock()
 
 
 def host_mark() -> object:
     """See :meth:`offload.accelerators.Accelerator.host_mark`."""
-    return _loaded().host_mark()
+    return loaded().host_mark()
 
 
 def host_join(mark: object) -> None:
     """See :meth:`offload.accelerators.Accelerator.host_join`."""
-    _loaded().host_join(mark)
+    loaded().host_join(mark)
 
 
 class SimAccelerator(Accelerator):
@@ -278,8 +226,8 @@ class SimAccelerator(Accelerator):
         for tensor in writes:
             host_access(tensor, write=True, name=name)
 
-    def charge_host_time(self, seconds: float, name: str = "host work") -> None:
-        host_charge(seconds, name)
+    def charge_host_time(self, seconds: float, name: str = "host work", *, numel: int = 0, num_bytes: int = 0) -> None:
+        host_charge(update_seconds(numel, measured_s=seconds), name, num_bytes)
 
     def host_time_s(self) -> float:
         return host_time_s()
@@ -292,29 +240,3 @@ class SimAccelerator(Accelerator):
 
     def host_join(self, mark: object) -> None:
         host_join(mark)
-
-
-def _loaded() -> Any:
-    if _extension is None:
-        raise RuntimeError("the emulated device is not loaded: call offload.testing.sim.load() first")
-    return _extension
-
-
-def _set_capacity(extension: Any, capacity_bytes: int) -> None:
-    if capacity_bytes == extension.capacity():
-        return
-    gc.collect()  # tensors in reference cycles would count as live
-    if extension.live_bytes():
-        raise RuntimeError(
-            f"capacity cannot change while {extension.live_bytes()} bytes of device memory are in use: delete those "
-            "tensors first"
-        )
-    extension.set_capacity(capacity_bytes)
-
-
-def _parse_bytes(size: int | str) -> int:
-    """Bytes from a number or a text as "1.5GiB"; device memory comes in whole 2 MiB."""
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", str(size))
-    if match is None or match[2] not in _UNITS or float(match[1]) <= 0:
-        raise ValueError(f"capacity must be a positive number of bytes or a text as '1GiB', not {size!r}")
-    return -(-int(float(match[1]) * _UNITS[match[2]]) // 2**21) * 2**21

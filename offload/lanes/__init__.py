@@ -1,7 +1,8 @@
 """Lanes: where work runs in order, and the only place where streams, events and workers are touched.
 
-``event = lane.submit(work, after=events)`` is all that the executor knows. There are four lanes: ``compute``, ``h2d``,
-``d2h`` (accelerator streams) and ``host`` (a worker thread that runs CPU updates). The same executor runs on
+``event = lane.submit(work, after=events)`` is all that the executor knows. There are five lanes: ``compute``,
+``update``, ``h2d``, ``d2h`` (accelerator streams) and ``host`` (a worker thread that runs CPU updates). The same
+executor runs on
 
 - accelerator lanes (:mod:`offload.lanes.accelerator`): ``torch.Stream`` and ``torch.Event``;
 - inline lanes (:mod:`offload.lanes.inline`): everything at once, in order, for parameters on the CPU;

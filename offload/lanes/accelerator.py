@@ -1,4 +1,4 @@
-"""Accelerator lanes: three streams and a worker thread, over the device-agnostic torch API."""
+"""Accelerator lanes: four streams and a worker thread, over the device-agnostic torch API."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class HostLane:
         self._accelerator = accelerator
         self._error: BaseException | None = None
         self._worker = ThreadPoolExecutor(
-            max_workers=1, thread_name_prefix="offload-host", initializer=_start_worker, initargs=(accelerator,)
+            max_workers=1, thread_name_prefix="offload-host", initializer=start_worker, initargs=(accelerator,)
         )
 
     def submit(self, work: Work, after: Iterable[Event | None] = ()) -> Event:
@@ -116,7 +116,8 @@ class HostLane:
             begin_s, start_s = accelerator.host_time_s(), time.perf_counter()
             with accelerator.annotate(f"offload {self.name} {work.name}"):
                 work.run()
-            accelerator.charge_host_time(time.perf_counter() - start_s, work.name)
+            took_s = time.perf_counter() - start_s
+            accelerator.charge_host_time(took_s, work.name, numel=work.numel, num_bytes=work.host_bytes)
             if self.recorder:
                 self.recorder(self.name, work.name, begin_s, accelerator.host_time_s())
             return accelerator.host_mark()
@@ -125,7 +126,8 @@ class HostLane:
             raise
 
 
-def _start_worker(accelerator: Accelerator) -> None:
+def start_worker(accelerator: Accelerator) -> None:
+    """What a thread that works for ``accelerator`` does first."""
     # A new thread's device is number 0: waiting for an event from there would open a context on it, in every rank.
     if accelerator.device.type != "cpu":
         torch.accelerator.set_device_index(accelerator.device)
@@ -133,10 +135,11 @@ def _start_worker(accelerator: Accelerator) -> None:
 
 
 def accelerator_lanes(device: torch.device) -> Lanes:
-    """Lanes of ``device``: two side streams (one a link direction), the current stream, and a worker thread."""
+    """Lanes of ``device``: the current stream, one for each link direction, one for updates, and a worker thread."""
     return Lanes(
         compute=StreamLane("compute", device, None),
         h2d=StreamLane("h2d", device, torch.Stream(device)),
         d2h=StreamLane("d2h", device, torch.Stream(device)),
         host=HostLane(accelerator_for(device)),
+        update=StreamLane("update", device, torch.Stream(device)),
     )

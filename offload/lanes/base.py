@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 
@@ -51,14 +51,22 @@ class Lane(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Lanes:
-    """The four lanes of one device."""
+    """The lanes of one device.
+
+    ``compute`` is the model's, ``update`` that of updates on the device: the same lane where these keep its order.
+    """
 
     compute: Lane
     h2d: Lane
     d2h: Lane
     host: Lane
+    update: Lane
+
+    def in_order(self) -> Lanes:
+        """These lanes, with updates on the device in the model's own order."""
+        return replace(self, update=self.compute)
 
     def synchronize(self) -> None:
         """Block until every lane has done all that was submitted, and raise the first error of a worker."""
-        for lane in (self.host, self.h2d, self.d2h, self.compute):
+        for lane in (self.host, self.h2d, self.d2h, self.update, self.compute):
             lane.mark().synchronize()

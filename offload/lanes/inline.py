@@ -35,4 +35,4 @@ class InlineLane:
 
 def inline_lanes() -> Lanes:
     lane = InlineLane()
-    return Lanes(lane, lane, lane, lane)
+    return Lanes(compute=lane, h2d=lane, d2h=lane, host=lane, update=lane)

@@ -66,7 +66,7 @@ class LazyWorld:
             The adversaries that find overwrites and late producers are those that favour one lane.
     """
 
-    LANES = ("compute", "h2d", "d2h", "host")
+    LANES = ("compute", "h2d", "d2h", "host", "update")
 
     def __init__(self, seed: int, *, eagerness: float = 0.0, favour: str | None = None) -> None:
         self._random = random.Random(seed)

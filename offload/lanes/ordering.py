@@ -83,4 +83,4 @@ class OrderingLane:
 
 def ordering_lanes(history: AccessHistory) -> Lanes:
     """Lanes that note every access in ``history``."""
-    return Lanes(**{name: OrderingLane(name, history) for name in ("compute", "h2d", "d2h", "host")})
+    return Lanes(**{name: OrderingLane(name, history) for name in ("compute", "h2d", "d2h", "host", "update")})

@@ -1,16 +1,18 @@
 """Virtual lanes: work takes the time it would cost on some machine. Running a plan on them is the performance model.
 
-Submitting only notes the work; :meth:`VirtualMachine.run` then finds when each piece starts and ends. Three things slow
+Submitting only notes the work; :meth:`VirtualMachine.run` then finds when each piece starts and ends. Four things slow
 work down that would be faster alone:
 
 - a link whose two directions, both busy, are slower than each alone;
+- updates on the device beside the model, on lanes of their own: each runs at half its speed meanwhile;
 - one stream for both directions (``serial_link``), in which they take turns;
 - host memory: what is running asks for so many bytes/s of it, and if that is more than there is, all of it slows by the
   same factor. Lanes of several ranks on one machine share its memory.
 
 [Note: the submitting thread]
 A stream cannot wait for a CPU worker, so the thread that submits does, as it does for any event it synchronizes with;
-whatever it submits afterwards, on whatever lane, starts no earlier. Each rank has one such thread.
+whatever it submits afterwards, on whatever lane, starts no earlier. Each rank has one such thread, or
+two where updates have a conductor.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from dataclasses import dataclass, field
 
 from offload.lanes.base import Event, Lanes, Work
 
-LANE_NAMES = ("compute", "h2d", "d2h", "host")
+LANE_NAMES = ("compute", "h2d", "d2h", "host", "update")
+DEVICE_SHARE = 0.5  # of its speed that work on the device keeps beside work of the other lane there
 MARK = "mark"  # the name of work that only marks a point
 
 
@@ -59,7 +62,7 @@ class VirtualEvent:
     start_s: float = math.nan
     end_s: float = math.nan
     done: bool = False
-    link_speed: float = 1.0  # as the link's other direction allows; 1 is alone
+    paired_speed: float = 1.0  # as the opposite stream allows; 1 is alone
     speed: float = 1.0  # as host memory allows too
 
     def synchronize(self) -> None:
@@ -78,7 +81,7 @@ class VirtualThread:
 
 @dataclass(slots=True, eq=False)
 class _Stream:
-    """Work in order, one piece at a time, and the stream it shares a link with."""
+    """Work in order, one piece at a time, and the stream it shares a link or the device with."""
 
     waiting: deque[VirtualEvent] = field(default_factory=deque)
     last: VirtualEvent | None = None  # submitted
@@ -140,25 +143,33 @@ class VirtualMachine:
         self._streams: list[_Stream] = []
 
     def lanes(
-        self, costs: Mapping[str, Cost], *, duplex_speeds: tuple[float, float] = (1.0, 1.0), serial_link: bool = False
+        self,
+        costs: Mapping[str, Cost],
+        *,
+        duplex_speeds: tuple[float, float] = (1.0, 1.0),
+        serial_link: bool = False,
+        overlapped: bool = False,
     ) -> Lanes:
         """The lanes of one more rank.
 
         Args:
-            costs: of work on the lanes compute, h2d, d2h and host.
+            costs: of work on each lane of :data:`LANE_NAMES`.
             duplex_speeds: share of its rate alone that h2d, and d2h, keeps while the other is busy.
             serial_link: both directions in one stream, as where one thing moves down before the next moves up.
+            overlapped: the compute lane has a submitting thread of its own, as beside a conductor.
         """
         thread = VirtualThread()
+        threads = {name: VirtualThread() if overlapped and name == "compute" else thread for name in LANE_NAMES}
         streams = {name: _Stream() for name in LANE_NAMES}
+        shared = [("compute", "update", DEVICE_SHARE), ("update", "compute", DEVICE_SHARE)]
         if serial_link:
             streams["d2h"] = streams["h2d"]
         else:
-            for name, opposite, speed in zip(("h2d", "d2h"), ("d2h", "h2d"), duplex_speeds, strict=True):
-                streams[name].opposite = streams[opposite]
-                streams[name].duplex_speed = speed
+            shared += [("h2d", "d2h", duplex_speeds[0]), ("d2h", "h2d", duplex_speeds[1])]
+        for name, opposite, speed in shared:
+            streams[name].opposite, streams[name].duplex_speed = streams[opposite], speed
         self._streams += dict.fromkeys(streams.values())
-        return Lanes(**{name: VirtualLane(name, costs[name], streams[name], thread) for name in LANE_NAMES})
+        return Lanes(**{name: VirtualLane(name, costs[name], streams[name], threads[name]) for name in LANE_NAMES})
 
     def run(self) -> float:
         """Run all that was submitted and not run yet; the time at which the last piece ends, in seconds."""
@@ -208,11 +219,11 @@ class VirtualMachine:
         asked = 0.0  # bytes/s of host memory
         for event in running:
             opposite = event.stream.opposite
-            event.link_speed = 1.0 if opposite is None or opposite.running is None else event.stream.duplex_speed
-            asked += event.link_speed * event.host_bytes_per_s
+            event.paired_speed = 1.0 if opposite is None or opposite.running is None else event.stream.duplex_speed
+            asked += event.paired_speed * event.host_bytes_per_s
         squeeze = min(1.0, self._host_bytes_per_s / asked) if asked else 1.0
         for event in running:
-            speed = event.link_speed * squeeze if event.host_bytes_per_s else event.link_speed
+            speed = event.paired_speed * squeeze if event.host_bytes_per_s else event.paired_speed
             if speed != event.speed:
                 event.end_s = self.now_s + (event.end_s - self.now_s) * event.speed / speed
                 event.speed = speed
