@@ -29,6 +29,7 @@ import torch
 from torch import nn
 
 import offload
+from offload._table import format_table
 from offload.hardware import HardwareProfile
 from offload.homes import Homes
 from offload.jobs import equal_subgroups

@@ -15,6 +15,7 @@ from offload.pool import BudgetError
 if TYPE_CHECKING:
     from offload.calibration import calibrate
     from offload.estimate import measured_budget
+    from offload.live import LiveStatus
     from offload.module_waits import wait_in_modules
     from offload.streaming import StreamHandle, StreamPlan, stream, stream_from_pretrained
 
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 
 # Imported when first asked for: a training script seldom does.
 _LAZY = {
+    "LiveStatus": "offload.live",
     "calibrate": "offload.calibration",
     "measured_budget": "offload.estimate",
     "wait_in_modules": "offload.module_waits",
@@ -46,6 +48,7 @@ __all__ = [
     "BudgetError",
     "HardwareProfile",
     "Lion",
+    "LiveStatus",
     "MemoryMonitor",
     "NonFiniteGradientError",
     "Op",

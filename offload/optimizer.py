@@ -20,17 +20,20 @@ from offload.gradients import NonFiniteGradientError, PendingScale, all_finite
 from offload.hardware import HardwareProfile
 from offload.kernels.state import check_state_format
 from offload.layout import Packed, check_grad, check_param, check_state_kind, pack, resolve_subgroup_numel
+from offload.live import publish_if_asked
 from offload.masters import MasterTable
 from offload.optimizer_state import copy_entries, fill_entry, load_state
 from offload.perf_model import Prediction, Rates
 from offload.plan import Plan
 from offload.policy import Overlap, Policy
 from offload.pool import MemoryBill
+from offload.record import StepWatch
 from offload.rules import Rule
 from offload.runtime import Runtime
 from offload.state_layout import StateKind
 from offload.timeline import Span
 from offload.updates import GroupedParam, updates_by_subgroup
+from offload.verdict import diagnose, report
 
 OnNonFinite = Literal["error", "skip"]
 
@@ -110,11 +113,13 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._forget_runtime()
         super().__init__(params, defaults)
         self._build()
+        publish_if_asked(self)
 
     # ---- construction
 
     def _forget_runtime(self) -> None:
         self._runtime: Runtime | None = None
+        self._step_watch: StepWatch | None = None
         self._masters = MasterTable()
         self._grad_scale = PendingScale()
 
@@ -373,8 +378,14 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         return self.runtime.bill
 
     def explain(self) -> str:
-        """Which subgroup is updated where, what it costs in memory, and what the rates measured so far predict."""
-        return explain(self.runtime)
+        """Which subgroup is updated where, what it costs in memory, and what the rates measured so far predict.
+
+        After a step that :meth:`time_next_step` asked for, also where its time went, what bound it and what was wrong.
+        """
+        text = explain(self.runtime)
+        if self._step_watch is None or not self._step_watch.has_run or not self.runtime.spans:
+            return text
+        return f"{text}\n{report(diagnose(self._step_watch.record(self.runtime)))}"
 
     def save_decisions(self, path: str | PathLike[str]) -> None:
         """Write what ``plan="auto"`` measured and decided as JSON lines, for ``offload explain``.
@@ -396,10 +407,21 @@ class OffloadedOptimizer(torch.optim.Optimizer):
     def time_next_step(self) -> None:
         """Measure the next step for :meth:`timeline`. That step waits for every transfer before it returns."""
         self.runtime.time_next_step = True
+        self._step_watch = StepWatch(self, self.runtime.accelerator)
 
     def timeline(self) -> list[Span]:
         """What ran when in the last measured step, in seconds since it began; empty if none was measured."""
         return list(self.runtime.spans)
+
+    def save_trace(self, path: str | PathLike[str]) -> None:
+        """Write the last step that :meth:`time_next_step` asked for, for ``offload explain`` and for Perfetto.
+
+        Raises:
+            ValueError: if no step was measured so.
+        """
+        if self._step_watch is None:
+            raise ValueError("no step was measured: call time_next_step() before the forward of one")
+        self._step_watch.record(self.runtime).save(path)
 
     def synchronize(self) -> None:
         """Wait for everything in flight. Reading states or editing parameters behind autograd's back needs it."""

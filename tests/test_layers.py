@@ -18,7 +18,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     map(
         frozenset,
         (
-            {"plan", "kernels", "accelerators", "hardware"},
+            {"plan", "kernels", "accelerators", "hardware", "processors"},
             {
                 "lanes",
                 "accounting",
@@ -28,6 +28,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
                 "pending",
                 "phase_hooks",
                 "_table",
+                "facts",
                 "state_layout",
                 "state_entries",
                 "rules",
@@ -41,9 +42,13 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
             {"candidates"},
             {"controller", "jobs"},
             {"runtime", "streaming"},
-            {"arguments", "explain"},
-            {"optimizer", "cli", "compat"},
+            {"record", "live"},
+            {"arguments", "explain", "verdict"},
+            {"optimizer", "compat"},
             {"optimizers"},
+            {"interconnect"},
+            {"report", "doctor"},
+            {"cli"},
             {"__init__"},
         ),
     )

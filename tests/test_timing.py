@@ -88,3 +88,25 @@ def test_untimed_lanes_are_left_alone(sim: ModuleType) -> None:
     timer = StepTimer(inline_lanes(), torch.device("sim", 0))
     timer.stop()
     assert timer.spans() == []
+
+
+# ---- names in profilers
+
+
+@pytest.mark.parametrize("all_threads", [False, True])
+def test_operations_have_their_names_in_torch_profiler(sim: ModuleType, all_threads: bool) -> None:
+    """Each operation by lane and word; CPU updates run on a worker, which the profiler sees if told to."""
+    from torch._C._profiler import _ExperimentalConfig
+    from torch.profiler import ProfilerActivity, profile
+
+    device = torch.device("sim", 0)
+    lanes = accelerator_lanes(device)
+    run_once(lanes, device)  # the worker is there before the profiler starts
+    config = _ExperimentalConfig(profile_all_threads=True) if all_threads else None
+    with profile(activities=[ProfilerActivity.CPU], experimental_config=config) as profiler:
+        run_once(lanes, device)
+        lanes.synchronize()
+    names = {event.key for event in profiler.key_averages()}
+    expected = {"offload d2h F0@0", "offload h2d P0@0", "offload compute G0@0"}
+    assert expected <= names
+    assert ("offload host C0@0" in names) == all_threads

@@ -86,14 +86,14 @@ class FlatPartition:
 
     def _add_cut(self, flats: Sequence[Tensor], max_subgroup_numel: int, *, pinned: bool) -> None:
         packed: list[Packed] = []
-        for flat in flats:
-            state = self.runtime.pool.host_state(len(STATE_ROWS), flat.numel(), pinned=pinned)
+        for whole in flats:
+            state = self.runtime.pool.host_state(len(STATE_ROWS), whole.numel(), pinned=pinned)
             self.states.append(state)
             self._slices.append([])
-            for begin, numel in cuts(flat.numel(), max_subgroup_numel):
-                piece = ParamSlice(flat.narrow(0, begin, numel), 0, numel)
+            for begin, numel in cuts(whole.numel(), max_subgroup_numel):
+                piece = ParamSlice(whole.narrow(0, begin, numel), 0, numel)
                 self._slices[-1].append((len(packed), piece))
-                packed.append(Packed(0, flat.dtype, (piece,), state.narrow(1, begin, numel)))
+                packed.append(Packed(0, whole.dtype, (piece,), state.narrow(1, begin, numel)))
         self.runtime.add(packed)
 
     @torch.no_grad()

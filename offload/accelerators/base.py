@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import mmap
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +54,14 @@ class Accelerator:
         """
         return torch.empty(round_up_to_page(num_bytes), dtype=torch.uint8, pin_memory=True)
 
+    def name(self) -> str:
+        """What the device is called, for a reader."""
+        return str(self.device)
+
+    def numa_node(self) -> int | None:
+        """The NUMA node of the host that the device is attached to; None where that is unknown."""
+        return None
+
     def memory(self) -> DeviceMemory:
         """Memory use of the device now. Does not wait for it."""
         free_bytes, total_bytes = torch.accelerator.get_memory_info(self.device)
@@ -67,6 +76,19 @@ class Accelerator:
     def reset_peak_memory(self) -> None:
         """Count ``peak_allocated_bytes`` anew from what is allocated now."""
         torch.accelerator.reset_peak_memory_stats(self.device)
+
+    @contextmanager
+    def annotate(self, name: str) -> Iterator[None]:
+        """Let profilers call what happens inside ``name``: torch's own, and the device's where it has one.
+
+        Costs nothing worth saving while none is running. torch.profiler sees other threads than the one that started
+        it (CPU updates run on a worker) only with ``_ExperimentalConfig(profile_all_threads=True)``.
+        """
+        if torch.autograd.profiler._is_profiler_enabled:  # of any thread; cheaper than a range that nobody sees
+            with torch.profiler.record_function(name):
+                yield
+        else:
+            yield
 
     def declare_host_work(self, name: str, reads: Sequence[Tensor], writes: Sequence[Tensor]) -> None:
         """Tell that the calling thread now reads and writes these CPU tensors.

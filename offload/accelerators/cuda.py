@@ -7,6 +7,8 @@ import ctypes
 import logging
 import mmap
 import weakref
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +26,23 @@ class CudaAccelerator(Accelerator):
     """A CUDA device. Pins exactly what was asked for; torch's allocator rounds up to a power of two."""
 
     _has_warned = False
+
+    def name(self) -> str:
+        return torch.cuda.get_device_name(self.device)
+
+    def numa_node(self) -> int | None:
+        properties: Any = torch.cuda.get_device_properties(self.device)
+        address = f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
+        try:
+            node = int(Path(f"/sys/bus/pci/devices/{address}/numa_node").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return node if node >= 0 else None  # -1: the machine has one node, or does not say
+
+    @contextlib.contextmanager
+    def annotate(self, name: str) -> Iterator[None]:
+        with torch.cuda.nvtx.range(name), super().annotate(name):
+            yield
 
     def pinned_empty(self, num_bytes: int) -> Tensor:
         """Page-locked host memory, uninitialised: a 1-D uint8 CPU tensor of ``num_bytes`` rounded up to a page.

@@ -221,6 +221,9 @@ def host_join(mark: object) -> None:
 class SimAccelerator(Accelerator):
     """The emulated device. It is told what the host does, since it cannot see it."""
 
+    def name(self) -> str:
+        return "emulated accelerator"
+
     def declare_host_work(self, name: str, reads: Sequence[Tensor], writes: Sequence[Tensor]) -> None:
         for tensor in reads:
             host_access(tensor, write=False, name=name)

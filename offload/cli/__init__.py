@@ -1,4 +1,4 @@
-"""The command line: ``offload plan | simulate | explain | calibrate``."""
+"""The command line: ``offload plan | simulate | explain | calibrate | bench | doctor | watch``."""
 
 from __future__ import annotations
 
@@ -6,13 +6,21 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from offload.cli import calibrate, explain, plan, simulate
+from offload.cli import bench, calibrate, doctor, explain, plan, simulate, watch
 
-_COMMANDS = {"plan": plan, "simulate": simulate, "explain": explain, "calibrate": calibrate}
+_COMMANDS = {
+    "plan": plan,
+    "simulate": simulate,
+    "explain": explain,
+    "calibrate": calibrate,
+    "bench": bench,
+    "doctor": doctor,
+    "watch": watch,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, or 2 for a mistake in what was asked for."""
+    """Run one command; returns the exit status: 0, 2 for a mistake in what was asked for, or what the command says."""
     parser = argparse.ArgumentParser(
         prog="offload", description="Plan, predict and explain CPU-GPU offloading of optimizer states."
     )
@@ -22,8 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         module.add_arguments(commands.add_parser(name, help=summary, description=summary))
     options = parser.parse_args(arguments)
     try:
-        _COMMANDS[options.command].run(options)
+        status: int | None = _COMMANDS[options.command].run(options)
     except (ValueError, TypeError, OSError) as error:
         print(f"offload {options.command}: {error}", file=sys.stderr)
         return 2
-    return 0
+    return status or 0

@@ -40,6 +40,7 @@ class StreamLane:
         self.recorder: Recorder | None = None
         self._device = device
         self._stream = stream
+        self._accelerator = accelerator_for(device)
 
     @property
     def stream(self) -> torch.Stream:
@@ -50,7 +51,7 @@ class StreamLane:
         for event in after:
             self._wait(stream, event)
         begin = self._record(stream) if self.recorder else None
-        with stream:
+        with stream, self._accelerator.annotate(f"offload {self.name} {work.name}"):
             work.run()
         end = self._record(stream)
         if self.recorder and begin is not None:
@@ -113,7 +114,8 @@ class HostLane:
                 if event is not None:
                     event.synchronize()
             begin_s, start_s = accelerator.host_time_s(), time.perf_counter()
-            work.run()
+            with accelerator.annotate(f"offload {self.name} {work.name}"):
+                work.run()
             took_s = time.perf_counter() - start_s
             accelerator.charge_host_time(took_s, work.name, numel=work.numel, num_bytes=work.host_bytes)
             if self.recorder:
