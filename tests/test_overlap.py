@@ -371,7 +371,8 @@ def test_a_failed_update_is_an_error_for_whoever_reads(
 ) -> None:
     model, optimizer = trained
     optimizer.synchronize()
-    monkeypatch.setattr("offload.adam.adam_step", None)
+    monkeypatch.setattr("offload.adam.PreparedUpdate.__call__", None)
+    monkeypatch.setattr("offload.adam.update", None)
     loss_of(model, 3).backward()
     optimizer.step()
     with pytest.raises(TypeError):

@@ -15,7 +15,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = ("numba", "deepspeed", "transformers", "accelerate", "pynvml", "matplotlib", "psutil", "triton", "ninja")
-BUILT = ("offload", "csrc", "integrations", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
+BUILT = (
+    "offload",
+    "csrc",
+    "integrations",
+    "setup.py",
+    "pytest_offload.py",
+    "pyproject.toml",
+    "MANIFEST.in",
+    "README.md",
+    "LICENSE",
+)
 
 
 def modules_after(statement: str) -> set[str]:
@@ -94,7 +104,9 @@ def test_wheel_builds_without_a_compiler(sources: Path) -> None:
     assert "C++" in result.stderr, "nothing says that the compiled kernels are missing"
     names = names_in(sources / "dist")
     assert not [name for name in names if name.endswith((".so", ".dll"))]
-    for expected in ("offload/__init__.py", "offload/py.typed", "offload/integrations/deepspeed/__init__.py"):
+    for expected in (
+        "offload/__init__.py", "offload/py.typed", "offload/integrations/deepspeed/__init__.py", "pytest_offload.py",
+    ):  # fmt: skip
         assert expected in names
     assert not [name for name in names if name.startswith(("tests", "integrations"))]
 
