@@ -81,14 +81,6 @@ def check_operator(name: str, num_samples: int, variants: tuple[str, ...] = VARI
     return outcomes
 
 
-def agrees(outcomes: list[Outcome]) -> bool:
-    return all(outcome.status != "disagree" for outcome in outcomes)
-
-
-def is_supported_by_cpu(outcomes: list[Outcome]) -> bool:
-    return any(outcome.status != "unsupported" for outcome in outcomes)
-
-
 _ORDER = ("unsupported", "equal", "close", "random", "undefined", "disagree")  # of statuses, the worst last
 
 
