@@ -67,11 +67,13 @@ class AdamSubgroup:
         self.state = state
         self._accelerator = accelerator
         self._updates: tuple[SliceUpdate, ...] = ()
+        self._grads: tuple[tuple[ParamSlice, Tensor], ...] = ()
         self._runs: tuple[_Run, ...] = ()
 
     def begin_step(self, updates: Sequence[SliceUpdate]) -> None:
         """Set what this step updates: the parameters that have a gradient, in order."""
         self._updates = tuple(updates)
+        self.begin_gradients([(update.slice, update.grad) for update in updates])
         runs: list[_Run] = []
         for update in updates:
             begin, end = update.slice.offset, update.slice.offset + update.slice.numel
@@ -80,15 +82,19 @@ class AdamSubgroup:
             runs.append(_Run(begin, end, update.scalars))
         self._runs = tuple(runs)
 
+    def begin_gradients(self, grads: Sequence[tuple[ParamSlice, Tensor]]) -> None:
+        """Set the flat gradients that go down, in order: those of the step, also before it."""
+        self._grads = tuple(grads)
+
     def end_step(self) -> None:
         """Let go of the gradients. Every use of them is ordered before the next forward on the compute lane."""
-        self._updates = ()
+        self._updates = self._grads = ()
 
     # Order and lifetime: see [Note: who waits for what] in offload/executor.py.
     def grad_down(self, staging: Staging) -> None:
         grad = self._typed(staging.grad)
-        for update in self._updates:
-            update.slice.within(grad).copy_(update.grad, non_blocking=True)
+        for item, from_device in self._grads:
+            item.within(grad).copy_(from_device, non_blocking=True)
 
     def update_cpu(self, staging: Staging) -> None:
         grad, param = self._typed(staging.grad), self._typed(staging.param)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,7 +27,7 @@ from offload.executor import await_params, enqueue_update
 from offload.lanes import Lane, Lanes
 from offload.lanes.accelerator import start_worker
 from offload.pending import make_pending, make_plain
-from offload.plan import Plan
+from offload.plan import Op, Plan
 from offload.subgroup import Slot, Staging, Subgroup
 
 
@@ -90,12 +90,15 @@ class Conductor:
         lanes: Lanes,
         tensors: Mapping[int, Iterable[Tensor]],
         settled: Callable[[int], None],
+        *,
+        begun: Collection[Op] = (),
     ) -> None:
         """Begin an update after what the compute lane was given so far, and return.
 
         Args:
             tensors: by subgroup, what nobody may read or write before the subgroup is settled.
             settled: called with a subgroup's index, in the thread that settles it.
+            begun: operations of the plan that were enqueued already.
         """
         assert self._flight is None, "one update at a time: finish() the last one first"
         indices = list(dict.fromkeys(op.subgroup for op in plan.ops))
@@ -111,7 +114,7 @@ class Conductor:
         for i, pending in flight.tensors.items():
             for tensor in pending:
                 make_pending(tensor, partial(self.settle, i))
-        run = partial(enqueue_update, plan, subgroups, slots, stagings, lanes, backward=backward)
+        run = partial(enqueue_update, plan, subgroups, slots, stagings, lanes, backward=backward, begun=begun)
         flight.enqueued = self._thread.submit(self._conduct, run, flight.announced, mark)
 
     def settle(self, index: int) -> None:

@@ -19,6 +19,15 @@ def all_finite(grads: Sequence[Tensor]) -> bool:
     return bool(torch.isfinite(torch.nn.utils.get_total_norm(grads, float("inf"))))
 
 
+# A gradient as it was: its memory, which goes to nobody else as long as this is held, and its version.
+Fingerprint = tuple[StorageWeakRef, int]
+
+
+def fingerprints_of(grads: Sequence[Tensor]) -> tuple[Fingerprint, ...]:
+    """Equal for the same gradients with the same values, for all that autograd's version counter sees."""
+    return tuple((StorageWeakRef(grad.untyped_storage()), grad._version) for grad in grads)  # type: ignore[no-untyped-call]
+
+
 class PendingScale:
     """The factor that the next step multiplies gradients by, kept on their device until that step reads it.
 
@@ -28,7 +37,7 @@ class PendingScale:
 
     def __init__(self) -> None:
         self._scale: Tensor | None = None
-        self._belongs_to: list[tuple[StorageWeakRef, int]] = []
+        self._belongs_to: tuple[Fingerprint, ...] = ()
 
     def clip(
         self, grads: Sequence[Tensor], max_norm: float, norm_type: float, error_if_nonfinite: bool, foreach: bool | None
@@ -45,7 +54,7 @@ class PendingScale:
         scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
         self._scale = scale if self._scale is None else scale * self._scale
         # Weak, so that gradients are free to go. Addresses will not do: the allocator gives them out again.
-        self._belongs_to = [(_storage_of(grad), grad._version) for grad in grads]
+        self._belongs_to = fingerprints_of(grads)
         return norm
 
     def value(self, grads: Sequence[Tensor]) -> float:
@@ -53,7 +62,7 @@ class PendingScale:
         if self._scale is None:
             return 1.0
         if not self._covers(grads):
-            if {_storage_of(grad) for grad in grads} & {storage for storage, _ in self._belongs_to}:
+            if {storage for storage, _ in fingerprints_of(grads)} & {storage for storage, _ in self._belongs_to}:
                 warnings.warn(
                     "gradients were changed after clip_grad_norm_, so its coefficient is dropped: clip last, right "
                     "before step()",
@@ -63,11 +72,7 @@ class PendingScale:
         return float(self._scale)
 
     def forget(self) -> None:
-        self._scale, self._belongs_to = None, []
+        self._scale, self._belongs_to = None, ()
 
     def _covers(self, grads: Sequence[Tensor]) -> bool:
-        return self._belongs_to == [(_storage_of(grad), grad._version) for grad in grads]
-
-
-def _storage_of(grad: Tensor) -> StorageWeakRef:
-    return StorageWeakRef(grad.untyped_storage())  # type: ignore[no-untyped-call]
+        return self._belongs_to == fingerprints_of(grads)

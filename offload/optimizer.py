@@ -54,7 +54,8 @@ class Adam(torch.optim.Optimizer):
         profile: what ``plan="auto"`` believes of the machine until it has measured: a :class:`HardwareProfile`, its
             name or file, or :class:`Rates`; None starts with a plan that measures both sides.
         overlap: ``"next_forward"`` returns from :meth:`step` when the update has begun; whoever reads a parameter first
-            waits for it (:mod:`offload.pending`). ``"none"`` returns when the next forward may be enqueued.
+            waits for it (:mod:`offload.pending`). ``"none"`` returns when the next forward may be enqueued, and so does
+            ``"backward"``, which brings gradients down while backward runs (:mod:`offload.early`).
             ``"auto"`` is ``"next_forward"`` on an accelerator and ``"none"`` on the CPU, where nothing would be hidden.
         on_nonfinite: what :meth:`step` does about NaN or infinity in a gradient: raise
             :class:`NonFiniteGradientError`, or skip the step and count it in ``num_skipped_steps``. State and

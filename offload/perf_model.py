@@ -86,11 +86,11 @@ class Rates:
 
         return Cost(seconds, lambda work: work.num_bytes * host_bytes_per_byte)
 
-    def lanes(self, machine: VirtualMachine, *, serial_link: bool = False) -> Lanes:
+    def lanes(self, machine: VirtualMachine, *, serial_link: bool = False, overlapped: bool = False) -> Lanes:
         """Virtual lanes of one rank of ``machine``, whose memory is the rank's share where there is one rank."""
         both = self.both_bytes_per_s
         up, down = (1.0 if both >= alone else both / alone for alone in (self.h2d_bytes_per_s, self.d2h_bytes_per_s))
-        return machine.lanes(self.costs(), duplex_speeds=(up, down), serial_link=serial_link)
+        return machine.lanes(self.costs(), duplex_speeds=(up, down), serial_link=serial_link, overlapped=overlapped)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """A whole training step on virtual lanes: forward and backward as timed work per layer, then the plan of the update.
 
-Two steps are run and the second is reported: what the first leaves in flight (flushes) overlaps the next forward, as
-it does where it runs.
+The last of a few steps is reported: what the ones before leave in flight (flushes, with overlap the update) runs beside
+the next forward, as it does on the machine.
 """
 
 from __future__ import annotations
@@ -9,15 +9,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from offload.executor import run_update
+from offload.executor import await_params, early_operations, enqueue_early, enqueue_update, run_update
 from offload.hardware import HardwareProfile
-from offload.lanes import Lanes
-from offload.lanes.virtual import TimedWork, VirtualEvent, VirtualMachine
+from offload.lanes import Event, Lanes
+from offload.lanes.virtual import TimedWork, VirtualEvent, VirtualLane, VirtualMachine
 from offload.perf_model import Rates, spans_of
-from offload.plan import Placement, Plan
+from offload.plan import OpKind, Placement, Plan
+from offload.policy import Overlap
 from offload.subgroup import Slot, Staging, Subgroup
 from offload.timeline import Span
 
+NUM_STEPS = 3  # the first fills the lanes, the second is filled by it
 FORWARD_OPERATIONS = 2  # floating-point operations per parameter and token
 BACKWARD_OPERATIONS = 4
 
@@ -121,56 +123,119 @@ class StepPrediction:
 
 
 def predict_step(
-    plan: Plan, subgroups: Sequence[Subgroup], rates: Rates | HardwareProfile, layers: Sequence[Layer]
+    plan: Plan,
+    subgroups: Sequence[Subgroup],
+    rates: Rates | HardwareProfile,
+    layers: Sequence[Layer],
+    *,
+    overlap: Overlap = "none",
 ) -> StepPrediction:
     """Time a training step: forward through ``layers``, backward through them in reverse, then ``plan``.
 
     Args:
         plan: of these subgroups; a subgroup's parameters and gradients are on the device all the time.
         rates: measured rates, or a machine's profile for state in fp32 and all its ranks at work.
+        overlap: as in :class:`offload.AdamW`. With "next_forward" a layer waits for the subgroups that its share of the
+            parameters lies in, and ``update_s`` is what that adds to forward and backward.
     """
     if isinstance(rates, HardwareProfile):
         rates = Rates.from_profile(rates)
     machine = VirtualMachine(rates.host_dram_bytes_per_s)
-    lanes = rates.lanes(machine)
-    sized = [subgroup.sizes_only() for subgroup in subgroups]
-    slots = [Slot(i) for i in range(plan.num_buffers(Placement.DEVICE))]
-    stagings = [Staging(i) for i in range(plan.num_buffers(Placement.HOST))]
-    ends, steps = [], []
-    for _ in range(2):
-        steps.append(_submit_model(lanes, layers))
-        lanes.compute.mark().synchronize()  # step() asks whether all gradients are finite before it submits anything
-        run_update(plan, sized, slots, stagings, lanes)
-        ends.append(lanes.compute.mark())
+    training = _Training(plan, subgroups, layers, rates.lanes(machine, overlapped=overlap == "next_forward"), overlap)
+    for _ in range(NUM_STEPS):
+        training.submit_step()
     machine.run()
-    start_s, end_s = (_virtual(event).end_s for event in ends)
-    forward, backward = steps[1]
-    forward_s = forward[-1].end_s if forward else start_s
-    backward_s = backward[-1].end_s if backward else forward_s
+    start_s, end_s = (_virtual(event).end_s for event in training.ends[-2:])
+    forward, backward = training.passes[-1]
+    if overlap == "next_forward":
+        forward_s, backward_s = (sum(event.seconds for event in events) for events in (forward, backward))
+    else:
+        forward_end_s = forward[-1].end_s if forward else start_s
+        forward_s = forward_end_s - start_s
+        backward_s = backward[-1].end_s - forward_end_s if backward else 0.0
     return StepPrediction(
         plan,
-        forward_s=forward_s - start_s,
-        backward_s=backward_s - forward_s,
-        update_s=end_s - backward_s,
+        forward_s=forward_s,
+        backward_s=backward_s,
+        update_s=end_s - start_s - forward_s - backward_s,
         memory=_memory(_resting_bytes(plan, subgroups), layers, forward, backward, start_s),
         origin_s=start_s,
         events=tuple(event for event in machine.events if event.end_s > start_s),
     )
 
 
+class _Training:
+    """Submits training steps to virtual lanes.
+
+    Attributes:
+        ends: of each step: where the next forward may start or, overlapped, where the update starts.
+        passes: of each step, the events of forward and backward, a layer each.
+    """
+
+    def __init__(
+        self, plan: Plan, subgroups: Sequence[Subgroup], layers: Sequence[Layer], lanes: Lanes, overlap: Overlap
+    ) -> None:
+        self.ends: list[Event] = []
+        self.passes: list[tuple[list[VirtualEvent], list[VirtualEvent]]] = []
+        self._plan, self._layers, self._lanes, self._overlap = plan, layers, lanes, overlap
+        self._subgroups = [subgroup.sizes_only() for subgroup in subgroups]
+        self._of_layer = _subgroups_of_layers(self._subgroups, len(layers))
+        self._slots = [Slot(i) for i in range(plan.num_buffers(Placement.DEVICE))]
+        self._stagings = [Staging(i) for i in range(plan.num_buffers(Placement.HOST))]
+
+    def submit_step(self) -> None:
+        lanes, buffers = self._lanes, (self._subgroups, self._slots, self._stagings)
+        forward = [self._forward(layer, needed) for layer, needed in zip(self._layers, self._of_layer, strict=True)]
+        early = [] if self._overlap == "none" else early_operations(self._plan)
+        if self._overlap == "next_forward":
+            early = [op for op in early if op.kind is OpKind.PREFETCH]
+        for op in early:
+            if op.kind is OpKind.PREFETCH:
+                enqueue_early(op, *buffers, lanes, grads_ready=lanes.compute.mark())
+        down = {op.subgroup: op for op in early if op.kind is OpKind.GRAD_DOWN}
+        backward = []
+        for layer, made in zip(reversed(self._layers), reversed(self._of_layer), strict=True):
+            backward.append(_submit(lanes, "backward", layer.backward_s))
+            for subgroup in reversed(made):
+                if subgroup.index in down:
+                    enqueue_early(down[subgroup.index], *buffers, lanes, grads_ready=lanes.compute.mark())
+        self.passes.append((forward, backward))
+        end = lanes.compute.mark()
+        end.synchronize()  # step() asks whether all gradients are finite before it submits anything
+        if self._overlap == "next_forward":
+            assert isinstance(lanes.host, VirtualLane)
+            lanes.host.thread.wait(_virtual(end))  # and so the conductor begins no earlier
+            enqueue_update(self._plan, *buffers, lanes, backward=end, begun=early)
+            self.ends.append(end)
+        else:
+            run_update(self._plan, *buffers, lanes, begun=early)
+            self.ends.append(lanes.compute.mark())
+
+    def _forward(self, layer: Layer, needed: Sequence[Subgroup]) -> VirtualEvent:
+        for subgroup in needed:
+            if self._overlap == "next_forward" and subgroup.params_ready is not None:
+                await_params(subgroup, self._lanes.compute)
+        return _submit(self._lanes, "forward", layer.forward_s)
+
+
+def _subgroups_of_layers(subgroups: Sequence[Subgroup], num_layers: int) -> list[list[Subgroup]]:
+    """The subgroups that begin in each layer's share of the parameters, which are spread evenly over the layers."""
+    of_layer: list[list[Subgroup]] = [[] for _ in range(num_layers)]
+    total, before = sum(subgroup.numel for subgroup in subgroups), 0
+    for subgroup in subgroups:
+        if num_layers:
+            of_layer[min(num_layers - 1, before * num_layers // max(1, total))].append(subgroup)
+        before += subgroup.numel
+    return of_layer
+
+
+def _submit(lanes: Lanes, name: str, seconds: float) -> VirtualEvent:
+    return _virtual(lanes.compute.submit(TimedWork(name, seconds=seconds)))
+
+
 def _virtual(event: object) -> VirtualEvent:
     assert isinstance(event, VirtualEvent)
     return event
-
-
-def _submit_model(lanes: Lanes, layers: Sequence[Layer]) -> tuple[list[VirtualEvent], list[VirtualEvent]]:
-    """The events of each layer's forward, first layer first, and of each layer's backward, last layer first."""
-
-    def submit(name: str, seconds: float) -> VirtualEvent:
-        return _virtual(lanes.compute.submit(TimedWork(name, seconds=seconds)))
-
-    forward = [submit("forward", layer.forward_s) for layer in layers]
-    return forward, [submit("backward", layer.backward_s) for layer in reversed(layers)]
 
 
 def _resting_bytes(plan: Plan, subgroups: Sequence[Subgroup]) -> int:

@@ -36,7 +36,7 @@ class Stride:
 
 
 Policy = Literal["auto", "host", "device"] | Static | Stride | Plan
-Overlap = Literal["auto", "none", "next_forward"]
+Overlap = Literal["auto", "none", "backward", "next_forward"]
 OVERLAPS: tuple[Overlap, ...] = get_args(Overlap)
 POLICY_NAMES = ("auto", "host", "device")
 

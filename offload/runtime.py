@@ -12,11 +12,13 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from offload.accelerators import accelerator_for
 from offload.adam import AdamSubgroup, SliceUpdate
 from offload.conductor import Conductor
 from offload.controller import Controller, Decision, Measurement
+from offload.early import EarlyTransfers, watch_gradients
 from offload.executor import run_update
 from offload.homes import Homes, first_plan, settle
 from offload.kernels import default_implementation
@@ -58,8 +60,10 @@ def _wait_for_copies(*lanes: Lane) -> None:
         lane.mark().synchronize()
 
 
-def _let_land(conductor: Conductor, *copies: Lane) -> None:
+def _let_land(conductor: Conductor, hooks: Sequence[RemovableHandle], *copies: Lane) -> None:
     """Keep what is in flight alive until it is done. Nobody is left to hear of an update that fails now."""
+    for hook in hooks:
+        hook.remove()
 
     def land() -> None:
         with contextlib.suppress(Exception):
@@ -109,10 +113,14 @@ class Runtime:
         self._chooses = options.policy == "auto"
         self._num_steps = 0
         self._broken: BaseException | None = None
+        with_gradients = options.overlap == "backward"
+        self._early = EarlyTransfers(self.lanes, self.pool, self.actions, with_gradients=with_gradients)
+        self._hooks: list[RemovableHandle] = []
         self._conductor = Conductor(self.lanes.compute, self.accelerator, weakref.WeakMethod(self._break))
         # Pinned memory and slots may go back only when no copy uses them; at exit the device's own teardown waits.
         # Not the host lane: the traceback of a failed update, which it keeps, would keep this runtime.
-        weakref.finalize(self, _let_land, self._conductor, self.lanes.h2d, self.lanes.d2h).atexit = False
+        landing = weakref.finalize(self, _let_land, self._conductor, self._hooks, self.lanes.h2d, self.lanes.d2h)
+        landing.atexit = False
 
     # ---- layout and memory
 
@@ -160,6 +168,10 @@ class Runtime:
         self.subgroups, self.homes, self.bill, self._plan = subgroups, homes, bill, plan
         self.controller = controller
         self.actions += added_actions
+        if options.overlap != "none":
+            arrived = weakref.WeakMethod(self._gradient_arrived)
+            for subgroup, actions in zip(added, added_actions, strict=True):
+                self._hooks += watch_gradients(subgroup, [item.param for item in actions.slices], arrived)
         return added_actions
 
     def _new_state(self, subgroup: Subgroup, homes: Homes, num_rows: int) -> Tensor:
@@ -202,7 +214,7 @@ class Runtime:
                 f"{format_bytes(needed)} more pinned memory is needed; construct the optimizer with plan='auto' or "
                 f"with this plan, and raise pinned_budget if one is set"
             )
-        for overlapped in {False, self.options.overlap == "next_forward"}:
+        for overlapped in {False, self.options.overlap != "none"}:
             check_ordering([self._plan, plan, plan], subgroups, overlapped=overlapped)
 
     def _new_controller(self, subgroups: Sequence[Subgroup], homes: Homes) -> Controller | None:
@@ -266,6 +278,7 @@ class Runtime:
             self.time_next_step = False
             for index, subgroup_updates in updates.items():
                 self.actions[index].begin_step(subgroup_updates)
+            begun = self._early.take(plan)
             if self.options.overlap == "next_forward" and timer is None:
                 tensors = {index: list(_tensors_of(group)) for index, group in updates.items()}
                 self._conductor.start(
@@ -276,9 +289,10 @@ class Runtime:
                     self.lanes,
                     tensors,
                     partial(_settle, self.actions, settled),
+                    begun=begun,
                 )
             else:
-                run_update(plan, self.subgroups, self.pool.slots, self.pool.stagings, self.lanes)
+                run_update(plan, self.subgroups, self.pool.slots, self.pool.stagings, self.lanes, begun=begun)
                 for index in updates:
                     _settle(self.actions, settled, index)
             if timer is not None:
@@ -294,6 +308,13 @@ class Runtime:
         if observed:
             self._observe(plan)
 
+    def _gradient_arrived(self, subgroup: Subgroup) -> None:
+        """In backward, in a thread of autograd's."""
+        will_be_timed = self.time_next_step or (self.controller is not None and self.controller.wants(self._num_steps))
+        if self._broken is None and not will_be_timed:
+            self._conductor.finish()
+            self._early.arrived(subgroup, self._plan, self.subgroups)
+
     def finish(self) -> None:
         """Settle what an overlapped step left pending, on the current stream, and return when it is all enqueued."""
         self.check_usable()
@@ -305,6 +326,7 @@ class Runtime:
     def synchronize(self) -> None:
         """Wait until nothing is in flight: parameters and states may be read and written by anyone afterwards."""
         self.finish()
+        self._early.forget()  # states may be written now
         self.lanes.synchronize()
 
     def check_usable(self) -> None:

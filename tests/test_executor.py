@@ -330,8 +330,8 @@ def executor_without(name: str) -> Executor:
 
 
 # Steps in which every dependency orders something that nothing else orders: staging buffers and slots are used again
-# within a step, the state flushed last is prefetched first, and into a slot that was drained before; once the parameters
-# that go up first are those whose gradient comes down first, long before backward is done.
+# within a step, the state flushed last is prefetched first, and into a slot that was drained before; once the
+# parameters that go up first are those whose gradient comes down first, long before backward is done.
 WITNESS = Run(
     plans=tuple(
         Plan.parse(text)

@@ -22,7 +22,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
             {"lanes", "accounting", "gradients", "meters", "pending", "phase_hooks", "_table"},
             {"subgroup", "module_waits", "monitor", "timeline", "testing"},
             {"pool", "policy", "executor", "adam"},
-            {"conductor", "homes", "ordering", "layout", "masters", "perf_model"},
+            {"conductor", "early", "homes", "ordering", "layout", "masters", "perf_model"},
             {"bounds", "phases"},
             {"scheduling", "estimate", "calibration", "timing", "optimizer_state", "updates"},
             {"planner", "tracing"},

@@ -25,6 +25,7 @@ from tests.training import assert_same_bits, loss_of, mlp, random_plan, snapshot
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
+OVERLAPS: tuple[Any, ...] = ("backward", "next_forward")
 PLANS = ("host", "device", Stride(2), Static(0.5))
 HYPER: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "subgroup_numel": 600}
 VOCABULARY, WIDTH, LENGTH = 40, 16, 8
@@ -114,9 +115,9 @@ RECIPES = [
 def check_recipe(recipe: Recipe, num_steps: int, plans: tuple[Any, ...], sim: ModuleType) -> None:
     sim.configure("sync")
     expected = recipe.train(num_steps, plan="host", overlap="none")
-    for plan, executor in itertools.product(plans, ("lazy", "eager", "random")):
+    for overlap, plan, executor in itertools.product(OVERLAPS, plans, ("lazy", "eager", "random")):
         sim.configure(executor, seed=num_steps)
-        assert_same_bits(recipe.train(num_steps, plan=plan, overlap="next_forward"), expected)
+        assert_same_bits(recipe.train(num_steps, plan=plan, overlap=overlap), expected)
         assert sim.races() == []
 
 
@@ -131,21 +132,22 @@ def test_overlapped_is_as_in_order_at_length(recipe: Recipe, sim: ModuleType) ->
     check_recipe(recipe, 50, PLANS, sim)
 
 
+@pytest.mark.parametrize("overlap", OVERLAPS)
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 @pytest.mark.parametrize("executor", ["sync", "lazy", "eager", "random", "threads"])
-def test_no_race_in_any_order(executor: str, plan: Any, sim: ModuleType) -> None:
+def test_no_race_in_any_order(executor: str, plan: Any, overlap: str, sim: ModuleType) -> None:
     expected = Recipe().train(4, plan="host", overlap="none")
     sim.configure(executor, seed=3)
-    assert_same_bits(Recipe().train(4, plan=plan, overlap="next_forward"), expected)
+    assert_same_bits(Recipe().train(4, plan=plan, overlap=overlap), expected)
     assert sim.races() == []
 
 
 def test_plans_change_between_overlapped_steps(sim: ModuleType) -> None:
     sim.configure("lazy")
     results = []
-    for seed in (0, 1, 2):
+    for seed, overlap in ((0, "none"), (1, "next_forward"), (2, "backward")):
         model = mlp(device="sim")
-        optimizer = offload.AdamW(model.parameters(), plan="auto", overlap="next_forward", **HYPER)
+        optimizer = offload.AdamW(model.parameters(), plan="auto", overlap=overlap, **HYPER)  # type: ignore[arg-type]
         rng = random.Random(seed)
         replan: Callable[[int], object] = lambda step: optimizer.set_plan(random_plan(optimizer, rng))  # noqa: B023, E731
         results.append((train(model, optimizer, before_step=replan), state_snapshot(optimizer)))
@@ -255,10 +257,12 @@ def train_with(between: Between, overlap: str) -> tuple[list[Any], Any]:
 @pytest.mark.parametrize("between", BETWEEN.values(), ids=BETWEEN)
 def test_what_comes_between_two_steps(between: Between, executor: str, sim: ModuleType) -> None:
     expected = train_with(between, "none")
-    sim.configure(executor, seed=1)
-    assert repr(expected[0]) == repr(train_with(between, "next_forward")[0])
-    assert_same_bits(train_with(between, "next_forward")[1], expected[1])
-    assert sim.races() == []
+    for overlap in OVERLAPS:
+        sim.configure(executor, seed=1)
+        seen, trained = train_with(between, overlap)
+        assert repr(seen) == repr(expected[0])
+        assert_same_bits(trained, expected[1])
+        assert sim.races() == []
 
 
 def test_two_models_wait_for_their_own(sim: ModuleType) -> None:
@@ -401,7 +405,7 @@ def test_on_the_cpu_it_overlaps_when_asked_to() -> None:
 
 
 def test_unknown_overlap() -> None:
-    with pytest.raises(ValueError, match=r"overlap='always' is none of \('auto', 'none', 'next_forward'\)"):
+    with pytest.raises(ValueError, match=r"overlap='always' is none of \('auto', 'none', 'backward', 'next_forward'\)"):
         offload.AdamW(mlp().parameters(), overlap="always")  # type: ignore[arg-type]
 
 

@@ -11,7 +11,8 @@ work down that would be faster alone:
 
 [Note: the submitting thread]
 A stream cannot wait for a CPU worker, so the thread that submits does, as it does for any event it synchronizes with;
-whatever it submits afterwards, on whatever lane, starts no earlier. Each rank has one such thread.
+whatever it submits afterwards, on whatever lane, starts no earlier. Each rank has one such thread, or
+two where updates have a conductor.
 """
 
 from __future__ import annotations
@@ -142,7 +143,12 @@ class VirtualMachine:
         self._streams: list[_Stream] = []
 
     def lanes(
-        self, costs: Mapping[str, Cost], *, duplex_speeds: tuple[float, float] = (1.0, 1.0), serial_link: bool = False
+        self,
+        costs: Mapping[str, Cost],
+        *,
+        duplex_speeds: tuple[float, float] = (1.0, 1.0),
+        serial_link: bool = False,
+        overlapped: bool = False,
     ) -> Lanes:
         """The lanes of one more rank.
 
@@ -150,8 +156,10 @@ class VirtualMachine:
             costs: of work on each lane of :data:`LANE_NAMES`.
             duplex_speeds: share of its rate alone that h2d, and d2h, keeps while the other is busy.
             serial_link: both directions in one stream, as where one thing moves down before the next moves up.
+            overlapped: the compute lane has a submitting thread of its own, as beside a conductor.
         """
         thread = VirtualThread()
+        threads = {name: VirtualThread() if overlapped and name == "compute" else thread for name in LANE_NAMES}
         streams = {name: _Stream() for name in LANE_NAMES}
         shared = [("compute", "update", DEVICE_SHARE), ("update", "compute", DEVICE_SHARE)]
         if serial_link:
@@ -161,7 +169,7 @@ class VirtualMachine:
         for name, opposite, speed in shared:
             streams[name].opposite, streams[name].duplex_speed = streams[opposite], speed
         self._streams += dict.fromkeys(streams.values())
-        return Lanes(**{name: VirtualLane(name, costs[name], streams[name], thread) for name in LANE_NAMES})
+        return Lanes(**{name: VirtualLane(name, costs[name], streams[name], threads[name]) for name in LANE_NAMES})
 
     def run(self) -> float:
         """Run all that was submitted and not run yet; the time at which the last piece ends, in seconds."""

@@ -1,0 +1,119 @@
+"""The part of an update that begins while backward still runs: states that come up, gradients that go down.
+
+A gradient goes down when the last backward pass before a step has produced it. How many passes a step has is what the
+step before had; a gradient that changes after it went down (another pass, clipping in place, unscaling) goes down
+again, as far as autograd's version counter sees the change. It sees neither ``grad.data`` nor extensions nor a
+reduction over ranks, so gradients come early only where that was asked for; states may in any case.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle, unserializable_hook
+
+from offload.adam import AdamSubgroup
+from offload.executor import early_operations, enqueue_early
+from offload.gradients import Fingerprint, fingerprints_of
+from offload.lanes import Event, Lanes
+from offload.plan import Op, OpKind, Plan
+from offload.pool import Pool
+from offload.subgroup import Subgroup
+
+Hook = weakref.WeakMethod[Any]  # of a subgroup, whose gradient it is about
+
+
+class EarlyTransfers:
+    """What was enqueued early for the next step, and what it was.
+
+    Args:
+        actions: of all subgroups; more may join.
+        with_gradients: gradients come down early too.
+    """
+
+    def __init__(self, lanes: Lanes, pool: Pool, actions: Sequence[AdamSubgroup], *, with_gradients: bool) -> None:
+        self._lanes = lanes
+        self._pool = pool
+        self._actions = actions
+        self._with_gradients = with_gradients
+        self._num_arrived: Counter[int] = Counter()  # gradients of each subgroup since the last step
+        self._num_expected: Counter[int] = Counter()  # of one step
+        self._begun: dict[Op, tuple[Fingerprint, ...]] = {}  # and the gradients that went down, none for a prefetch
+        self._copied: list[Event] = []  # gradients of this backward pass
+
+    def arrived(self, subgroup: Subgroup, plan: Plan, subgroups: Sequence[Subgroup]) -> None:
+        """A gradient of ``subgroup`` was accumulated. Enqueues what can be of ``plan``, the next step's."""
+        is_first = not self._num_arrived
+        self._num_arrived[subgroup.index] += 1
+        if is_first:
+            for op in early_operations(plan):
+                if op.kind is OpKind.PREFETCH:
+                    self._enqueue(op, subgroups)
+        if not self._with_gradients or self._num_arrived[subgroup.index] != self._num_expected[subgroup.index]:
+            return
+        for op in early_operations(plan):
+            if op.kind is OpKind.GRAD_DOWN and op.subgroup == subgroup.index:
+                self._enqueue(op, subgroups, self._grads_now(subgroup.index))
+                assert subgroup.grad_on_host is not None
+                if not self._copied:
+                    # Runs when all of this backward() is done. Private to autograd, but what FSDP and DDP are built on.
+                    at_end = partial(self._gradients_may_change, self._copied)
+                    torch.autograd.Variable._execution_engine.queue_callback(at_end)
+                self._copied.append(subgroup.grad_on_host)
+
+    def _enqueue(self, op: Op, subgroups: Sequence[Subgroup], fingerprints: tuple[Fingerprint, ...] = ()) -> None:
+        slots, stagings, lanes = self._pool.slots, self._pool.stagings, self._lanes
+        enqueue_early(op, subgroups, slots, stagings, lanes, grads_ready=lanes.compute.mark())
+        self._begun[op] = fingerprints
+
+    def _gradients_may_change(self, copied: list[Event]) -> None:
+        """At the end of backward: what is done to gradients from here on comes after their copies."""
+        for event in copied:
+            self._lanes.compute.wait(event)
+        copied.clear()
+
+    def _grads_now(self, index: int) -> tuple[Fingerprint, ...]:
+        """What the gradients of a subgroup are, whose actions are told of them."""
+        grads = [(item, item.param.grad) for item in self._actions[index].slices]
+        there = [(item, grad.detach()) for item, grad in grads if grad is not None]
+        self._actions[index].begin_gradients([(item, grad.reshape(-1)) for item, grad in there])
+        return fingerprints_of([grad for _, grad in there])
+
+    def take(self, plan: Plan) -> Collection[Op]:
+        """The operations of ``plan`` that its update goes without. The next step starts anew."""
+        can_be = set(early_operations(plan))
+        for op, fingerprints in list(self._begun.items()):
+            if op.kind is OpKind.GRAD_DOWN and (op not in can_be or fingerprints != self._grads_now(op.subgroup)):
+                del self._begun[op]
+        for op in self._begun.keys() - can_be:
+            assert op.buffer is not None
+            filled = self._pool.slots[op.buffer].filled
+            assert filled is not None
+            self._lanes.host.wait(filled)  # the CPU may update now what the copy still reads
+        begun = self._begun.keys() & can_be
+        self._num_expected, self._num_arrived = self._num_arrived, Counter()
+        self._begun = {}
+        return begun
+
+    def forget(self) -> None:
+        """States may change: nothing that was enqueued counts. The caller waits until it is done."""
+        self._begun = {}
+
+
+def watch_gradients(subgroup: Subgroup, params: Sequence[Tensor], arrived: Hook) -> Iterator[RemovableHandle]:
+    """Call ``arrived`` after each accumulation of a gradient of ``subgroup``, as long as it is there."""
+
+    @unserializable_hook  # type: ignore[untyped-decorator]
+    def call(_: Tensor) -> None:
+        if (method := arrived()) is not None:
+            method(subgroup)
+
+    for param in params:
+        if param.requires_grad:
+            yield param.register_post_accumulate_grad_hook(call)  # type: ignore[no-untyped-call]

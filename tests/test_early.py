@@ -1,0 +1,157 @@
+"""What begins in backward: which operations, when they count, and what makes them void."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+
+import offload
+from offload.executor import early_operations
+from offload.plan import Plan
+from tests.training import assert_same_bits, loss_of, mlp, snapshot, state_snapshot
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
+PLAN = "D3@0 D2@1 P1@0 C3@0 U3@0 C2@1 U2@1 G1@0 F1@0 D0@0 C0@0 U0@0"
+
+
+def test_early_operations_are_the_first_in_their_buffers() -> None:
+    early = early_operations(Plan.parse("P0@0 D1@0 G0@0 C1@0 U1@0 F0@0 P2@0 D3@1 D4@0 C3@1 C4@0 R5"))
+    assert [str(op) for op in early] == ["P0@0", "D1@0", "D3@1"]
+    assert early_operations(Plan(())) == []
+
+
+Between = Callable[["Training"], object]
+
+
+class Training:
+    """Four layers in four subgroups on the device; ``down`` and ``up`` count early copies of one step."""
+
+    def __init__(self, overlap: str) -> None:
+        self.model = mlp(device="sim")
+        self.optimizer = offload.AdamW(
+            self.model.parameters(),
+            lr=1e-2,
+            plan=PLAN,
+            subgroup_numel=600,
+            overlap=overlap,  # type: ignore[arg-type]
+        )
+        self.passes: list[list[str]] = []
+        early = self.optimizer.runtime._early
+        enqueue = early._enqueue
+
+        def note(op: offload.Op, *args: object) -> None:
+            self.passes[-1].append(str(op))
+            enqueue(op, *args)  # type: ignore[arg-type]
+
+        early._enqueue = note  # type: ignore[method-assign]
+
+    def step(self, step: int, num_passes: int, between: Between) -> None:
+        self.optimizer.zero_grad()
+        for i in range(num_passes):
+            self.passes.append([])
+            loss_of(self.model, 10 * step + i).backward()
+        between(self)
+        self.optimizer.step()
+
+    def result(self) -> object:
+        return snapshot(self.model), state_snapshot(self.optimizer)
+
+
+def trained(overlap: str, between: Between = lambda training: None, num_passes: tuple[int, ...] = (1,) * 5) -> Training:
+    training = Training(overlap)
+    for step, num in enumerate(num_passes):
+        training.step(step, num, between)
+    return training
+
+
+def test_gradients_go_down_in_the_last_pass(sim: ModuleType) -> None:
+    sim.configure("lazy")
+    training = trained("backward", num_passes=(2, 2, 2))
+    assert training.passes[:2] == [["P1@0"], []]
+    assert training.passes[2:] == [["P1@0"], ["D3@0", "D2@1"]] * 2
+    assert sim.races() == []
+    assert_same_bits(training.result(), trained("none", num_passes=(2, 2, 2)).result())
+
+
+def test_only_states_come_early_unless_gradients_are_asked_for(sim: ModuleType) -> None:
+    assert trained("next_forward").passes[1:] == [["P1@0"]] * 4
+    assert trained("none").passes == [[]] * 5
+
+
+@pytest.mark.parametrize("num_passes", [(1, 1, 2, 2, 1), (2, 2, 1, 1, 3)])
+def test_the_number_of_passes_may_change(num_passes: tuple[int, ...], sim: ModuleType) -> None:
+    expected = trained("none", num_passes=num_passes).result()
+    for executor in ("lazy", "eager", "random"):
+        sim.configure(executor)
+        assert_same_bits(trained("backward", num_passes=num_passes).result(), expected)
+        assert sim.races() == []
+
+
+def scale_in_place(training: Training) -> None:
+    for param in training.model.parameters():
+        assert param.grad is not None
+        param.grad.mul_(0.5)
+
+
+def replace_gradient(training: Training) -> None:
+    for param in training.model.parameters():
+        assert param.grad is not None
+        param.grad = param.grad * 0.5
+
+
+def drop_gradient(training: Training) -> None:
+    training.model[6].weight.grad = None
+
+
+def edit_parameters(training: Training) -> None:
+    with torch.no_grad():
+        training.model[2].weight.mul_(0.5)
+        training.model[6].weight.mul_(0.5)
+
+
+def edit_state(training: Training) -> None:
+    training.optimizer.synchronize()
+    for entry in training.optimizer.state.values():
+        entry["exp_avg"].mul_(0.5)
+
+
+VOID: dict[str, Between] = {
+    "gradient scaled in place": scale_in_place,
+    "gradient replaced": replace_gradient,
+    "gradient dropped": drop_gradient,
+    "torch's clipping": lambda training: nn.utils.clip_grad_norm_(training.model.parameters(), 0.1),
+    "our clipping": lambda training: training.optimizer.clip_grad_norm_(0.1),
+    "parameters edited": edit_parameters,
+    "state edited": edit_state,
+    "state loaded": lambda training: training.optimizer.load_state_dict(training.optimizer.state_dict()),
+    "another pass": lambda training: loss_of(training.model, 99).backward(),
+    "step skipped": lambda training: training.optimizer.zero_grad() or loss_of(training.model, 98).backward(),  # type: ignore[func-returns-value]
+}
+
+
+@pytest.mark.parametrize("overlap", ["backward", "next_forward"])
+@pytest.mark.parametrize("between", VOID.values(), ids=VOID)
+def test_what_changes_after_backward_counts(between: Between, overlap: str, sim: ModuleType) -> None:
+    def after_the_first(training: Training) -> None:
+        if training.optimizer.state:
+            training.passes.append([])
+            between(training)
+
+    expected = trained("none", after_the_first).result()
+    for executor in ("lazy", "eager"):
+        sim.configure(executor)
+        assert_same_bits(trained(overlap, after_the_first).result(), expected)
+        assert sim.races() == []
+
+
+def test_hooks_go_with_the_optimizer(sim: ModuleType) -> None:
+    model = mlp(device="sim")
+    optimizer = offload.AdamW(model.parameters(), overlap="next_forward")
+    assert model[0].weight._post_accumulate_grad_hooks
+    del optimizer
+    assert not model[0].weight._post_accumulate_grad_hooks
