@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ from types import ModuleType
 import pytest
 
 from offload.accelerators import sim_build
+
+LOAD = "from offload.testing import sim; sim.load()"
 
 
 @pytest.fixture
@@ -55,12 +58,44 @@ def test_cache_depends_on_sources(cache: Path, tmp_path: Path) -> None:
     assert first != sim_build.cache_directory([source])
 
 
-def test_failed_build_says_what_to_do(cache: Path) -> None:
-    done = run_python("from offload.testing import sim; sim.load()", XDG_CACHE_HOME=str(cache), CXX="/bin/false")
+@pytest.mark.parametrize("compiler", ["/bin/false", "/nowhere/c++"])
+def test_failed_build_says_what_to_do(cache: Path, compiler: str) -> None:
+    done = run_python(LOAD, XDG_CACHE_HOME=str(cache), CXX=compiler)
     assert done.returncode == 1
     assert "RuntimeError: the emulated device could not be built" in done.stderr
     assert "pip install ninja" in done.stderr
     assert str(cache) in done.stderr
+
+
+def test_killed_build_leaves_nothing_to_wait_for(cache: Path) -> None:
+    """The next process builds again; here with a compiler that then fails, so that it ends at once."""
+    started, compiler = cache / "started", cache / "compiler"
+    os.mkfifo(started)
+    compiler.write_text(
+        "#!/bin/sh\n"
+        # torch asks for its name and version first.
+        'case " $* " in *" -c "*) ;; *) exec c++ "$@" ;; esac\n'
+        f"test -p {started} || exit 1\n"
+        f"echo started > {started}\n"
+        "sleep 3600\n"
+    )
+    compiler.chmod(0o755)
+    environment = {"XDG_CACHE_HOME": str(cache), "CXX": str(compiler)}
+    first = subprocess.Popen(
+        [sys.executable, "-c", LOAD],
+        env={**os.environ, **environment},
+        start_new_session=True,
+        stderr=subprocess.DEVNULL,
+    )
+    assert started.read_text() == "started\n"  # waits for it
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    (directory,) = (cache / "offload").iterdir()
+    assert (directory / "lock").exists()  # torch's, which its own builds would wait for
+    assert not (directory / "complete").exists()
+    started.unlink()
+    second = run_python(LOAD, **environment)
+    assert "RuntimeError: the emulated device could not be built" in second.stderr
 
 
 def test_stale_lock_does_not_hang(cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

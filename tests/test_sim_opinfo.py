@@ -16,7 +16,7 @@ from bench.sim_opinfo import KNOWN_DIFFERENCES, Outcomes, Sweep, figures, sweep
 
 # One or more of each way in which an operator can go wrong on a device.
 FAMILIES = [
-    "add", "nn.functional.linear", "bmm", "addr", "linalg.eig",  # structured, composite, linear algebra
+    "add", "nn.functional.linear", "bmm", "mv", "addr", "linalg.eig",  # structured, composite, linear algebra
     "nn.functional.conv2d", "nn.functional.conv_transpose1d",  # a backend is picked by device
     "nn.functional.batch_norm", "nn.functional.group_norm", "nn.functional.layer_norm",  # statistics
     "fft.ifft", "fft.ihfft2", "polar", "conj", "view_as_real",  # complex, and bits of tensors

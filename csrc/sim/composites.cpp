@@ -49,6 +49,8 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
                            // Composites elsewhere, but one kernel each on the CPU and on CUDA.
                            "native_layer_norm", "native_group_norm", "silu_backward", "mish_backward", "addr",
                            "addr.out", "all.dims", "all.dims_out", "any.dims", "any.dims_out", "linalg__powsum",
+                           // Composite that reads, times zero, what nothing has written.
+                           "mv",
                            // Checks for devices that it knows.
                            "mode.values"})
     library.impl(name, torch::CppFunction::makeFromBoxedFunction<&fallback>());
