@@ -16,7 +16,7 @@ enum class StateFormat : int { kFloat32 = 0, kSplit16 = 1, kBFloat16 = 2, kInt8 
 constexpr size_t kStateBlock = 128;
 
 // Random bits of an element: a function of the key, which the caller makes of seed and step, and of the element's
-// number, so that neither placement nor threads nor subgroups matter. Both rounds are C. Wellons's "lowbias32".
+// number, so that neither placement nor threads nor subgroups matter. The mixing is C. Wellons's "lowbias32".
 struct Rounding {
   uint32_t key0, key1;
   uint32_t first_index;  // the number of element 0
@@ -26,9 +26,7 @@ struct Rounding {
     x = (x ^ (x >> 15)) * 0x846ca68bu;
     return x ^ (x >> 16);
   }
-  inline __attribute__((always_inline)) uint32_t Bits(uint32_t i) const {
-    return Mix(Mix(first_index + i + key0) ^ key1);
-  }
+  inline __attribute__((always_inline)) uint32_t Bits(uint32_t i) const { return Mix(first_index + i + key0) ^ key1; }
 };
 
 struct Buffers {

@@ -106,7 +106,7 @@ def random_bits(numel: int, rounding: Rounding, device: torch.device) -> Tensor:
     """32 random bits an element, in int64."""
     key0, key1, first_index = rounding.words
     index = torch.arange(first_index, first_index + numel, dtype=torch.int64, device=device)
-    return _mix(_mix((index + key0) & _MASK32) ^ key1)
+    return _mix((index + key0) & _MASK32) ^ key1
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -1,4 +1,8 @@
-"""State formats in numba: the conversions of csrc/cpu_adam/staged.inl, and those of gradients and parameters."""
+"""State formats in numba: the conversions of csrc/cpu_adam/staged.inl, and those of gradients and parameters.
+
+Only the entry point in numba_kernel.py is cached on disk, and numba's cache does not follow imports: after an edit
+here, touch that file too.
+"""
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, arg-type, assignment"
 
@@ -14,7 +18,7 @@ import numpy as np
 from offload.kernels.state import BLOCK_NUMEL
 
 # error_model: division by zero gives infinity. No fastmath: LLVM then contracts and reorders nothing.
-jit: Callable[..., Any] = functools.partial(numba.njit, nogil=True, error_model="numpy", cache=True)
+jit: Callable[..., Any] = functools.partial(numba.njit, nogil=True, error_model="numpy")
 
 
 @jit()
@@ -102,7 +106,7 @@ def _mix(x):
 @jit()
 def fill_random(first_index, key0, key1, random):
     for i in range(random.size):
-        random[i] = _mix(np.uint32(_mix(np.uint32(first_index + i + key0)) ^ np.uint32(key1)))
+        random[i] = _mix(np.uint32(first_index + i + key0)) ^ np.uint32(key1)
 
 
 @jit()

@@ -154,7 +154,7 @@ def _write_moment(memory, scales, state_format, is_signed, begin, end, row, rand
 _BYTES, _F32 = types.Array(uint8, 1, "C"), types.Array(float32, 1, "C")
 
 
-@jit([void(int64, int64, *[_BYTES] * 7, int64, _BYTES, int64, _F32, int64, int64, int64, int64, int64)])
+@jit([void(int64, int64, *[_BYTES] * 7, int64, _BYTES, int64, _F32, int64, int64, int64, int64, int64)], cache=True)
 def _update_range(
     rule, state_format, master, first, second, max_second, first_scale, second_scale, grad, grad_format, param,
     param_format, scalars, key0, key1, first_index, begin, end,

@@ -57,7 +57,7 @@ def _mix(x):
 @triton.jit
 def _random_bits(at, key0, key1, first_index):
     index = at.to(tl.uint32) + (first_index + key0).to(tl.uint32)
-    return _mix(_mix(index) ^ key1.to(tl.uint32))
+    return _mix(index) ^ key1.to(tl.uint32)
 
 
 @triton.jit
