@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import torch
@@ -144,7 +145,8 @@ def resolve_threads(num_threads: int | None, numel: int) -> int:
 def check_arguments(state: State, grad: Tensor, param: Tensor | None, rule: str) -> None:
     """Raise what :func:`update` raises for tensors that don't fit."""
     present = _present(state, grad, param)
-    _check_fields(state, param, rule)
+    _check_fields(state.format, rule, tuple(tensor is None for tensor in state.tensors()))
+    _check_param(state, param)
     _check_tensors(present, state)
     if is_plain_cpu(state.master) or not runs_host_kernels(state.master.device.type):
         _check_no_overlap(present)
@@ -158,32 +160,37 @@ def written_by(state: State, param: Tensor | None) -> list[Tensor]:
     return tensors if param is None else [*tensors, param]
 
 
-# In fp32 Adam's tensors are known by the names that adam_step and torch give them.
-_ADAM_NAMES = {"first": "exp_avg", "second": "exp_avg_sq", "max_second": "max_exp_avg_sq"}
+# Adam's tensors are known by the names that adam_step and torch give them.
+_NAMES = ("master", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "first_scale", "second_scale")
+_SCALES = frozenset(("first_scale", "second_scale"))
 
 
 def _present(state: State, grad: Tensor, param: Tensor | None) -> dict[str, Tensor]:
-    tensors = {_ADAM_NAMES.get(name, name): tensor for name, tensor in state.items()}
+    tensors = {name: tensor for name, tensor in zip(_NAMES, state.tensors(), strict=True) if tensor is not None}
     tensors["grad"] = grad
     if param is not None:
         tensors["param_out"] = param
     return tensors
 
 
-def _check_fields(state: State, param: Tensor | None, rule: str) -> None:
-    check_state_format(state.format)
+@functools.lru_cache(maxsize=256)
+def _check_fields(state_format: str, rule: str, absent: tuple[bool, ...]) -> None:
+    check_state_format(state_format)
     required, optional = _MOMENTS[rule]
-    present = {name for name, _ in state.items()} - {"master"}
-    if state.format == "int8":
+    present = {name for name, is_absent in zip(State.__slots__[2:], absent[1:], strict=True) if not is_absent}
+    if state_format == "int8":
         required = required | {f"{name}_scale" for name in required}
         optional = {f"{name}_scale" for name in optional & present} | optional - {"max_second"}
-    elif state.format == "bf16":
+    elif state_format == "bf16":
         optional = optional - {"max_second"}
     if not required <= present <= required | optional:
         raise ValueError(
-            f"rule {rule!r} with state_format={state.format!r} keeps {sorted(required)}"
+            f"rule {rule!r} with state_format={state_format!r} keeps {sorted(required)}"
             f"{f' and may keep {sorted(optional)}' if optional else ''}, not {sorted(present)}"
         )
+
+
+def _check_param(state: State, param: Tensor | None) -> None:
     if state.is_compact and (param is None or param.dtype != torch.bfloat16):
         raise ValueError(
             f"state_format={state.format!r} keeps half of the master in a bfloat16 parameter, not in "
@@ -191,12 +198,19 @@ def _check_fields(state: State, param: Tensor | None, rule: str) -> None:
         )
 
 
+@functools.cache
+def _accepted_dtypes(state_format: str) -> dict[str, tuple[torch.dtype, ...]]:
+    dtypes: dict[str, tuple[torch.dtype, ...]] = {"grad": _FLOATS, "param_out": _FLOATS}
+    dtypes |= {name: (dtype,) for name, dtype in zip(_NAMES, row_dtypes(state_format).values(), strict=True)}
+    return dtypes
+
+
 def _check_tensors(tensors: dict[str, Tensor], state: State) -> None:
-    dtypes = {_ADAM_NAMES.get(name, name): (dtype,) for name, dtype in row_dtypes(state.format).items()}
+    dtypes = _accepted_dtypes(state.format)
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
-        accepted = dtypes.get(name, _FLOATS)
+        accepted = dtypes[name]
         if tensor.dtype not in accepted:
             raise TypeError(f"{name} must be of {' or '.join(map(str, accepted))}, not {tensor.dtype}")
         if tensor.layout != torch.strided:
@@ -207,9 +221,9 @@ def _check_tensors(tensors: dict[str, Tensor], state: State) -> None:
             raise ValueError(f"{name} must be 1-D, not of shape {tuple(tensor.shape)}; pass {name}.view(-1)")
         if not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous, not of stride {tensor.stride(0)}")
-        wanted = num_blocks(master.numel()) if name.endswith("_scale") else master.numel()
+        wanted = num_blocks(master.numel()) if name in _SCALES else master.numel()
         if tensor.numel() != wanted:
-            if name.endswith("_scale"):
+            if name in _SCALES:
                 raise ValueError(f"{name} has {tensor.numel()} elements, not {wanted}, one a block")
             raise ValueError(f"{name} has {tensor.numel()} elements, master {wanted}: they must be equal")
         if tensor.device != master.device:

@@ -107,7 +107,7 @@ class State:
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """All fields but the format, in order."""
-        return tuple(getattr(self, name) for name in self.__slots__[1:])
+        return (self.master, self.first, self.second, self.max_second, self.first_scale, self.second_scale)
 
     def narrow(self, begin: int, numel: int) -> State:
         """A range of it, sharing memory; in "int8" ``begin`` is a multiple of the block."""

@@ -72,10 +72,10 @@ def clone(case: Case) -> Case:
 
 
 def copy_state(state: State, offset: int = 0) -> State:
-    """A copy, of which no tensor but the scales is aligned to more than ``offset`` elements."""
+    """A copy that begins ``offset`` elements after an aligned address."""
 
     def copy(tensor: Tensor) -> Tensor:
-        return torch.cat([tensor[:offset], tensor])[offset:] if offset else tensor.clone()
+        return torch.cat([tensor.new_zeros(offset), tensor])[offset:]
 
     return State(state.format, *(None if t is None else copy(t) for t in state.tensors()))
 
