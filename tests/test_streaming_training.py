@@ -332,5 +332,5 @@ def test_updates_behind_autograds_back_are_seen() -> None:
         return snapshot(model)
 
     model = build()
-    streamed(model)
+    streamed(model, BASE_BYTES + 4 * BLOCK_BYTES, window=4, evict_batch=4)  # so that finished layers linger
     assert_same_bits(descend(model), descend(build().to("sim")))
