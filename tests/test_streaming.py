@@ -173,6 +173,17 @@ def test_a_budget_that_is_too_small_names_what_is_needed() -> None:
     assert streamed(model, BASE_BYTES + BLOCK_BYTES).plan.window == 1
 
 
+def test_a_device_smaller_than_the_budget_leaves_the_model_whole(sim: ModuleType) -> None:
+    def make() -> nn.Module:
+        return Model(make=lambda i: Block(inner=2048))
+
+    sim.configure(capacity="2MiB")
+    model = build(make)
+    with pytest.raises(torch.OutOfMemoryError):
+        streamed(model, "64MiB")
+    assert_same_bits(outputs(model, "cpu"), expected(make))
+
+
 def test_the_reserve_counts_against_the_budget() -> None:
     handle = streamed(build(), SMALL + BLOCK_BYTES, reserve=BLOCK_BYTES)
     assert not handle.plan.resident

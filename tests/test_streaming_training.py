@@ -318,3 +318,19 @@ def test_graphs_and_handles_are_freed() -> None:
     del model, handle, loss
     gc.collect()
     assert torch.accelerator.memory_allocated() == 0
+
+
+def test_updates_behind_autograds_back_are_seen() -> None:
+    """Optimizers may write through ``param.data``, which counts no version: no copy outlives a backward."""
+
+    def descend(model: nn.Module) -> dict[str, Tensor]:
+        for step in range(3):
+            loss_of(model, step).backward()
+            for param in model.parameters():
+                param.data.sub_(param.grad * 0.1)
+                param.grad = None
+        return snapshot(model)
+
+    model = build()
+    streamed(model, BASE_BYTES + 4 * BLOCK_BYTES, window=4, evict_batch=4)  # so that finished layers linger
+    assert_same_bits(descend(model), descend(build().to("sim")))

@@ -96,7 +96,12 @@ def stream(
     if disk is not None:
         spill([found[i] for i in plan.streamed if not is_mapped(found[i])], disk)
     parts = Parts(model, found, packings, base, plan, room, is_mapped=disk is not None)
-    handle = StreamHandle(parts, accelerator, progress=progress)
+    try:
+        handle = StreamHandle(parts, accelerator, progress=progress)
+    except BaseException:  # out of memory; each weight was moved as a whole or not at all
+        for tensor in all_tensors(model):
+            tensor.data = tensor.data.to("cpu")
+        raise
     handle.machine = handle.measure_link() if machine is None else machine
     if verbose:
         print(handle.explain())
