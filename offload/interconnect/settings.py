@@ -50,8 +50,8 @@ class Settings:
         return cls(
             sizes=tuple(4 * KIB << i for i in range(0, 15, 2)),  # to 64 MiB
             repeats=3,
-            copy_bytes=16 * MIB,
-            piece_s=0.01,
+            copy_bytes=8 * MIB,
+            piece_s=0.005,
             update_numel=1 << 22,
             matmul_width=512,
             num_small=64,
