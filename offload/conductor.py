@@ -96,7 +96,8 @@ class Conductor:
         """Begin an update after what the compute lane was given so far, and return.
 
         Args:
-            tensors: by subgroup, what nobody may read or write before the subgroup is settled.
+            tensors: by subgroup, what nobody may read or write before the subgroup is settled. They count as changed
+                from now on, for a backward pass that would read what autograd saved of them before.
             settled: called with a subgroup's index, in the thread that settles it.
             begun: operations of the plan that were enqueued already.
         """
@@ -113,6 +114,7 @@ class Conductor:
         self._flight = flight
         for i, pending in flight.tensors.items():
             for tensor in pending:
+                torch.autograd.graph.increment_version(tensor)
                 make_pending(tensor, partial(self.settle, i))
         run = partial(enqueue_update, plan, subgroups, slots, stagings, lanes, backward=backward, begun=begun)
         flight.enqueued = self._thread.submit(self._conduct, run, flight.announced, mark)

@@ -26,7 +26,7 @@ from offload.plan import Op, OpKind, Plan
 from offload.pool import Pool
 from offload.subgroup import Subgroup
 
-Hook = weakref.WeakMethod[Any]  # of a subgroup, whose gradient it is about
+Hook = weakref.WeakMethod[Any]  # of the index of the subgroup that it is about
 
 
 class EarlyTransfers:
@@ -106,13 +106,16 @@ class EarlyTransfers:
         self._begun = {}
 
 
-def watch_gradients(subgroup: Subgroup, params: Sequence[Tensor], arrived: Hook) -> Iterator[RemovableHandle]:
-    """Call ``arrived`` after each accumulation of a gradient of ``subgroup``, as long as it is there."""
+def watch_gradients(index: int, params: Sequence[Tensor], arrived: Hook) -> Iterator[RemovableHandle]:
+    """Call ``arrived`` with ``index`` after each accumulation of one of these gradients, as long as it is there.
+
+    The garbage collector does not see what such a hook refers to: it must not lead back to the parameter.
+    """
 
     @unserializable_hook  # type: ignore[untyped-decorator]
     def call(_: Tensor) -> None:
         if (method := arrived()) is not None:
-            method(subgroup)
+            method(index)
 
     for param in params:
         if param.requires_grad:

@@ -174,7 +174,7 @@ class Runtime:
         if options.overlap != "none":
             arrived = weakref.WeakMethod(self._gradient_arrived)
             for subgroup, actions in zip(added, added_actions, strict=True):
-                self._hooks += watch_gradients(subgroup, [item.param for item in actions.slices], arrived)
+                self._hooks += watch_gradients(subgroup.index, [item.param for item in actions.slices], arrived)
         return added_actions
 
     def _new_state(self, subgroup: Subgroup, homes: Homes, layout: StateLayout) -> Tensor:
@@ -311,12 +311,12 @@ class Runtime:
         if observed:
             self._observe(plan)
 
-    def _gradient_arrived(self, subgroup: Subgroup) -> None:
+    def _gradient_arrived(self, index: int) -> None:
         """In backward, in a thread of autograd's."""
         will_be_timed = self.time_next_step or (self.controller is not None and self.controller.wants(self._num_steps))
         if self._broken is None and not will_be_timed:
             self._conductor.finish()
-            self._early.arrived(subgroup, self._plan, self.subgroups)
+            self._early.arrived(self.subgroups[index], self._plan, self.subgroups)
 
     def finish(self) -> None:
         """Settle what an overlapped step left pending, on the current stream, and return when it is all enqueued."""

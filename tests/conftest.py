@@ -11,6 +11,13 @@ import torch
 pytest_plugins = ["pytest_offload"]
 
 
+def pytest_configure() -> None:
+    """Torch's threads take as many helpers as the process had asked for when they started: so that bits depend on
+    nothing that ran before, all of them work alone, autograd's and those of the emulated device too.
+    """
+    torch.set_num_threads(1)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked gpu run by themselves where a CUDA device is."""
     if not torch.cuda.is_available():

@@ -33,6 +33,8 @@ def test_a_slow_spell_cancels_out_of_a_ratio() -> None:
 @pytest.fixture
 def run_bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     num_threads = torch.get_num_threads()
+    # DeepSpeed would build its operator here, for minutes.
+    monkeypatch.setattr(cpu_adam_cases, "_add_deepspeed", lambda *args, **kwargs: None)
 
     def run(*arguments: str) -> dict[str, Any]:
         file = tmp_path / "results.json"

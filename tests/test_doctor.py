@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -220,22 +221,22 @@ def test_versions_name_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     from offload.doctor import software
 
-    real = software.adam_step
+    real = software.update
 
-    def wrong(master: torch.Tensor, *others: object, implementation: str, **options: object) -> None:
-        real(master, *others, implementation=implementation, **options)
+    def wrong(state: Any, *others: Any, implementation: str, **options: Any) -> None:
+        real(state, *others, implementation=implementation, **options)
         if implementation == "torch":
-            master += 1
+            state.master.add_(1)
 
     def broken(*tensors: object, **options: object) -> None:
         raise RuntimeError("illegal instruction\nand more")
 
-    monkeypatch.setattr(software, "adam_step", wrong)
+    monkeypatch.setattr(software, "update", wrong)
     by_name = {finding.text.split()[0]: finding for finding in examine_kernels(torch.device("cpu"))}
     assert by_name["torch"].status == "bad"
     assert "do not train with torch" in by_name["torch"].remedy
     assert by_name["scalar"].status == "good"
-    monkeypatch.setattr(software, "adam_step", broken)
+    monkeypatch.setattr(software, "update", broken)
     assert all("failed: illegal instruction" in finding.text for finding in examine_kernels(torch.device("cpu")))
 
 

@@ -414,6 +414,7 @@ def test_an_error_inside_a_lane_surfaces_and_breaks_the_optimizer(
         patch.setattr("offload.adam.PreparedUpdate.__call__", fail)
         with pytest.raises(ArithmeticError, match="the kernel gave up") as caught:
             optimizer.step()
+            optimizer.synchronize()
     assert operation in [entry.name for entry in caught.traceback]
     for use in (optimizer.step, optimizer.synchronize, optimizer.state_dict, lambda: optimizer.load_state_dict({})):
         with pytest.raises(RuntimeError, match=r"this optimizer is broken: .* load the last checkpoint") as broken:

@@ -50,7 +50,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
                            "native_layer_norm", "native_group_norm", "silu_backward", "mish_backward", "addr",
                            "addr.out", "all.dims", "all.dims_out", "any.dims", "any.dims_out", "linalg__powsum",
                            // Composite that reads, times zero, what nothing has written.
-                           "mv",
+                           "mv", "mv.out",
                            // Checks for devices that it knows.
                            "mode.values"})
     library.impl(name, torch::CppFunction::makeFromBoxedFunction<&fallback>());

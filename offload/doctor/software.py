@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import importlib.metadata
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from offload.doctor.findings import RATE, RIGHT, RUNS, Finding
-from offload.kernels import adam_step, available_implementations, default_implementation, self_test, torch_reference
+from offload.kernels import (
+    Rounding,
+    Scalars,
+    State,
+    available_implementations,
+    default_implementation,
+    self_test,
+    torch_reference,
+    update,
+)
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "numba", "triton")
 _SLOW = ("scalar", "torch")  # correct fallbacks
@@ -41,9 +50,8 @@ def examine_kernels(device: torch.device) -> list[Finding]:
 
 
 def _examine_kernel(name: str, device: torch.device) -> Finding:
-    def step(*arguments: Any) -> None:
-        *tensors, scalars = arguments
-        adam_step(*tensors, scalars=scalars, implementation=name)
+    def step(state: State, grad: Tensor, param: Tensor | None, scalars: Scalars, rounding: Rounding) -> None:
+        update(state, grad, param, scalars=scalars, rounding=rounding, implementation=name)
 
     try:
         agrees = self_test.agree(step, torch_reference.step, device)

@@ -119,6 +119,7 @@ def predict_pass(
     nothing = Cost(lambda work: 0.0)
     costs = {
         "compute": nothing,
+        "update": nothing,
         "host": nothing,
         "d2h": nothing,
         "h2d": Cost(lambda work: machine.copy_latency_s + work.num_bytes / bytes_per_s),
