@@ -5,7 +5,7 @@
 #   make clean      remove what the targets above made, the downloaded model and text included
 
 PYTHON ?= python3
-PYTEST_ARGS ?= --numprocesses=2 --dist=loadfile
+PYTEST_ARGS ?= --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 DEMO_ARGS ?=
 
 VENV := .venv
