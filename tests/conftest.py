@@ -21,7 +21,7 @@ def pytest_configure() -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked gpu run by themselves where a CUDA device is; those of DeepSpeed come last.
 
-    DeepSpeed keeps engines in globals of its own, and with them memory of the emulated device, which other tests measure.
+    DeepSpeed keeps engines in globals of its own, and so memory of the emulated device, which other tests measure.
     """
     items.sort(key=lambda item: "integrations" in item.path.parts)
     if not torch.cuda.is_available():
