@@ -160,6 +160,8 @@ class Conductor:
     def _abandon(self, flight: _Flight, error: BaseException) -> None:
         for tensor in [tensor for tensors in flight.tensors.values() for tensor in tensors]:
             make_plain(tensor)
+        assert flight.enqueued is not None
+        flight.enqueued.exception()  # the thread lets go of what the update used
         self._flight = None
         if (failed := self._failed()) is not None:
             failed(error)
