@@ -11,6 +11,7 @@ from torch import Tensor
 from offload.accelerators import Accelerator
 from offload.kernels import PreparedUpdate, Rounding, Scalars, State, update
 from offload.kernels.codec import join_master
+from offload.ring import PinnedRing
 from offload.state_layout import ADAM_FP32, StateKind, StateLayout
 from offload.subgroup import Slot, Staging
 
@@ -82,6 +83,7 @@ class AdamSubgroup:
         accelerator: told what the host update touches; None for parameters on the CPU.
         layout: of the slab; None: (rows, numel) float32 of Adam: master, exp_avg, exp_avg_sq and, with a fourth row,
             max_exp_avg_sq.
+        ring: what the state goes through on its way to a slot and back, where it is not pinned.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class AdamSubgroup:
         state: Tensor,
         accelerator: Accelerator | None,
         layout: StateLayout | None = None,
+        ring: PinnedRing | None = None,
     ) -> None:
         if layout is None:
             layout = StateLayout(ADAM_FP32 if state.shape[0] == 3 else _AMSGRAD_FP32, state.shape[1])
@@ -99,6 +102,7 @@ class AdamSubgroup:
         self.dtype = dtype
         self.state = state
         self._accelerator = accelerator
+        self._ring = ring
         self._updates: tuple[SliceUpdate, ...] = ()
         self._sources: tuple[Source, ...] = ()
         self._runs: tuple[_Run, ...] = ()
@@ -155,14 +159,20 @@ class AdamSubgroup:
 
     def prefetch(self, slot: Slot) -> None:
         for row, slot_row in self._copies(slot):
-            slot_row.copy_(row, non_blocking=True)
+            if self._ring is None:
+                slot_row.copy_(row, non_blocking=True)
+            else:
+                self._ring.up(row, slot_row)
 
     def update_gpu(self, slot: Slot) -> None:
         self._update_on_device(self._in_slot(slot))
 
     def flush(self, slot: Slot) -> None:
         for row, slot_row in self._copies(slot):
-            row.copy_(slot_row, non_blocking=True)
+            if self._ring is None:
+                row.copy_(slot_row, non_blocking=True)
+            else:
+                self._ring.down(slot_row, row)
 
     def update_resident(self) -> None:
         self._update_on_device(self.state)

@@ -12,6 +12,7 @@ compute lane wait for that write. It runs under a lock: backward recomputes forw
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -28,7 +29,9 @@ from offload.lanes import Lane, Lanes
 from offload.lanes.accelerator import start_worker
 from offload.pending import make_pending, make_plain
 from offload.plan import Op, Plan
+from offload.signals import deferred_signals
 from offload.subgroup import Slot, Staging, Subgroup
+from offload.watchdog import wait_for
 
 
 @dataclass(slots=True)
@@ -73,7 +76,8 @@ class Conductor:
         self._accelerator = accelerator
         self._lock = threading.RLock()
         self._flight: _Flight | None = None
-        initializer = None if accelerator is None else partial(start_worker, accelerator)
+        self._started: list[threading.Thread] = []
+        initializer = None if accelerator is None else partial(start_worker, accelerator, self._started)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="offload-conductor", initializer=initializer)
 
     @property
@@ -125,12 +129,12 @@ class Conductor:
         Raises:
             Exception: what failed in the update, after everything pending was made what it was.
         """
-        with self._lock:
+        with deferred_signals(), self._lock:
             flight = self._flight
             if flight is None or index not in flight.subgroups:
                 return
             try:
-                mark = flight.announced[index].result()
+                mark = self._wait(flight.announced[index], f"the update of subgroup {index}")
             except BaseException as error:
                 self._abandon(flight, error)
                 raise
@@ -143,7 +147,7 @@ class Conductor:
 
     def finish(self) -> None:
         """Settle all, and return when the whole update is enqueued. Raises what failed in it."""
-        with self._lock:
+        with deferred_signals(), self._lock:
             flight = self._flight
             if flight is None:
                 return
@@ -151,7 +155,7 @@ class Conductor:
                 self.settle(index)
             assert flight.enqueued is not None
             try:
-                self._host_join(flight.enqueued.result())
+                self._host_join(self._wait(flight.enqueued, "the end of the update"))
             except BaseException as error:
                 self._abandon(flight, error)
                 raise
@@ -161,10 +165,15 @@ class Conductor:
         for tensor in [tensor for tensors in flight.tensors.values() for tensor in tensors]:
             make_plain(tensor)
         assert flight.enqueued is not None
-        flight.enqueued.exception()  # the thread lets go of what the update used
+        with contextlib.suppress(Exception):
+            self._wait(flight.enqueued, "the end of a failed update")  # the thread lets go of what the update used
         self._flight = None
         if (failed := self._failed()) is not None:
             failed(error)
+
+    def _wait(self, future: Future[object], what: str) -> object:
+        """What the conductor's thread gives; it waits itself, so its own error has time to come first."""
+        return wait_for(future, lambda: f"the step waits for {what} to be enqueued", self._started, patience=2.0)
 
     def _await_params(self, subgroup: Subgroup, home: torch.Stream | None) -> None:
         await_params(subgroup, self._compute)

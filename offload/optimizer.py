@@ -30,6 +30,7 @@ from offload.pool import MemoryBill
 from offload.record import StepWatch
 from offload.rules import Rule
 from offload.runtime import Runtime
+from offload.signals import deferred_signals
 from offload.state_layout import StateKind
 from offload.timeline import Span
 from offload.updates import GroupedParam, updates_by_subgroup
@@ -208,7 +209,8 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             self._refuse_nonfinite(params)
             return loss
         self._refresh_masters()
-        self._run(params, self._grad_scale.value(grads))
+        with deferred_signals():  # a step is taken whole, or not at all
+            self._run(params, self._grad_scale.value(grads))
         return loss
 
     def _run(self, params: Sequence[GroupedParam], grad_scale: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,12 +21,13 @@ from offload.conductor import Conductor
 from offload.controller import Controller, Decision, Measurement
 from offload.early import EarlyTransfers, watch_gradients
 from offload.executor import run_update
-from offload.homes import Homes, first_plan, settle
+from offload.homes import Homes, first_plan
 from offload.kernels import default_implementation
 from offload.lanes import Lane, Lanes
 from offload.lanes.accelerator import StreamLane, accelerator_lanes
 from offload.lanes.inline import inline_lanes
 from offload.layout import Packed
+from offload.memory import Claim, allocate_buffers, allocate_states, claim, warn_of_ring
 from offload.ordering import check_ordering
 from offload.perf_model import Prediction, Rates, predict
 from offload.plan import Placement, Plan
@@ -61,8 +63,10 @@ def _wait_for_copies(*lanes: Lane) -> None:
         lane.mark().synchronize()
 
 
-def _let_land(conductor: Conductor, hooks: Sequence[RemovableHandle], *copies: Lane) -> None:
+def _let_land(process: int, conductor: Conductor, hooks: Sequence[RemovableHandle], *copies: Lane) -> None:
     """Keep what is in flight alive until it is done. Nobody is left to hear of an update that fails now."""
+    if process != os.getpid():
+        return  # in a fork: nothing of it is in flight here
     for hook in hooks:
         hook.remove()
 
@@ -105,8 +109,7 @@ class Runtime:
         default_implementation(device)  # finds, compiles and tests the kernel now, not in the middle of a step
         self.subgroups: list[Subgroup] = []
         self.actions: list[AdamSubgroup] = []
-        self.homes = Homes()
-        self.bill = MemoryBill()
+        self._claim = Claim()
         self.controller: Controller | None = None  # chooses plans, with "auto"
         self.spans: list[Span] = []
         self.time_next_step = False
@@ -114,13 +117,16 @@ class Runtime:
         self._chooses = options.policy == "auto"
         self._num_steps = 0
         self._broken: BaseException | None = None
+        self._process = os.getpid()
         with_gradients = options.overlap == "backward"
         self._early = EarlyTransfers(self.lanes, self.pool, self.actions, with_gradients=with_gradients)
         self._hooks: list[RemovableHandle] = []
         self._conductor = Conductor(self.lanes.compute, self.accelerator, weakref.WeakMethod(self._break))
         # Pinned memory and slots may go back only when no copy uses them; at exit the device's own teardown waits.
         # Not the host lane: the traceback of a failed update, which it keeps, would keep this runtime.
-        landing = weakref.finalize(self, _let_land, self._conductor, self._hooks, self.lanes.h2d, self.lanes.d2h)
+        landing = weakref.finalize(
+            self, _let_land, os.getpid(), self._conductor, self._hooks, self.lanes.h2d, self.lanes.d2h
+        )
         landing.atexit = False
 
     # ---- layout and memory
@@ -144,32 +150,41 @@ class Runtime:
             for i, (item, layout) in enumerate(zip(packed, layouts, strict=True))
         ]
         subgroups = [*self.subgroups, *added]
-        homes = settle(
-            options.policy, subgroups, options.budgets, options.num_slots, settled=self.homes, num_settled=num_settled
-        )
-        bill = homes.bill(subgroups)
-        bill.check(options.budgets)
-        controller = self._new_controller(subgroups, homes)
-        plan = first_plan(options.policy, len(subgroups), homes) if controller is None else controller.first_plan
-        self._check_plan(plan, subgroups, homes)
+        wanted = claim(
+            options.policy, subgroups, options.budgets, options.num_slots, self.accelerator,
+            taken=self._claim, num_settled=num_settled,
+        )  # fmt: skip
+        self._check_plan(self._first_plan(subgroups, wanted.homes)[0], subgroups, wanted.homes)
 
         self.synchronize()
         added_actions: list[AdamSubgroup] = []
         try:
-            for subgroup, item, layout in zip(added, packed, layouts, strict=True):
-                state = self._new_state(subgroup, homes, layout) if item.state is None else item.state
-                subgroup.actions = AdamSubgroup(item.slices, item.dtype, state, self.accelerator, layout)
+            homes = allocate_buffers(self.pool, wanted.homes, subgroups, self._streams())
+            missing = [i for i, item in enumerate(packed) if item.state is None]
+            homes, states = allocate_states(
+                self.pool, homes, [added[i] for i in missing], [layouts[i] for i in missing]
+            )
+            given = dict(zip(missing, states, strict=True))
+            del states
+            for i, (subgroup, item, layout) in enumerate(zip(added, packed, layouts, strict=True)):
+                state = given.pop(i) if item.state is None else item.state
+                ring = self.pool.set_ring() if subgroup.index in homes.ringed else None
+                subgroup.actions = AdamSubgroup(item.slices, item.dtype, state, self.accelerator, layout, ring)
                 del state
                 added_actions.append(subgroup.actions)
-            self._set_buffers(homes, subgroups)
+            plan, controller = self._first_plan(subgroups, homes)
+            self._check_plan(plan, subgroups, homes)
         except BaseException:  # out of memory: what was there must go on working
             added_actions.clear()
             for subgroup in added:
                 subgroup.actions = None
-            self._set_buffers(self.homes, self.subgroups)
+            allocate_buffers(self.pool, self.homes, self.subgroups, self._streams())
             raise
-        self.subgroups, self.homes, self.bill, self._plan = subgroups, homes, bill, plan
-        self.controller = controller
+        newly_ringed = homes.ringed - self.homes.ringed
+        self._claim = Claim.of(homes, subgroups, self.accelerator)
+        if newly_ringed:
+            warn_of_ring(homes, subgroups, self.bill, self.pool.refused)
+        self.subgroups, self._plan, self.controller = subgroups, plan, controller
         self.actions += added_actions
         if options.overlap != "none":
             arrived = weakref.WeakMethod(self._gradient_arrived)
@@ -177,15 +192,24 @@ class Runtime:
                 self._hooks += watch_gradients(subgroup.index, [item.param for item in actions.slices], arrived)
         return added_actions
 
-    def _new_state(self, subgroup: Subgroup, homes: Homes, layout: StateLayout) -> Tensor:
-        if subgroup.index in homes.residents:
-            return self.pool.device_state(*layout.shape, dtype=layout.dtype)
-        return self.pool.host_state(*layout.shape, pinned=subgroup.index in homes.visitors, dtype=layout.dtype)
+    @property
+    def homes(self) -> Homes:
+        """Where states live."""
+        return self._claim.homes
 
-    def _set_buffers(self, homes: Homes, subgroups: Sequence[Subgroup]) -> None:
-        streams = [lane.stream for lane in (self.lanes.h2d, self.lanes.d2h) if isinstance(lane, StreamLane)]
-        self.pool.set_slots(homes.num_slots, homes.slot_bytes(subgroups), streams)
-        self.pool.set_stagings(homes.num_staging, homes.staging_bytes(subgroups))
+    @property
+    def bill(self) -> MemoryBill:
+        """What was taken."""
+        return self._claim.bill
+
+    def _first_plan(self, subgroups: Sequence[Subgroup], homes: Homes) -> tuple[Plan, Controller | None]:
+        controller = self._new_controller(subgroups, homes)
+        if controller is None:
+            return first_plan(self.options.policy, len(subgroups), homes), None
+        return controller.first_plan, controller
+
+    def _streams(self) -> list[torch.Stream]:
+        return [lane.stream for lane in (self.lanes.h2d, self.lanes.d2h) if isinstance(lane, StreamLane)]
 
     # ---- the plan
 
@@ -333,7 +357,13 @@ class Runtime:
         self.lanes.synchronize()
 
     def check_usable(self) -> None:
-        """Raise RuntimeError if a step failed half way."""
+        """Raise RuntimeError if a step failed half way, or in a fork of the process that streams and workers are in."""
+        if self.accelerator is not None and self._process != os.getpid():
+            raise RuntimeError(
+                f"this optimizer was constructed in process {self._process}, and this is a fork of it "
+                f"({os.getpid()}): the accelerator's streams and the worker threads stayed there. Construct it after "
+                f"the fork, or start this process with the method 'spawn'"
+            )
         if self._broken is not None:
             raise RuntimeError(
                 "this optimizer is broken: an earlier step failed half way, so parameters and optimizer state may "

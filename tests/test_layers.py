@@ -18,6 +18,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     map(
         frozenset,
         (
+            {"limits", "signals", "watchdog"},
             {"plan", "kernels", "accelerators", "hardware", "processors"},
             {
                 "lanes",
@@ -32,6 +33,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
                 "state_layout",
                 "state_entries",
                 "rules",
+                "ring",
             },
             {"subgroup", "module_waits", "monitor", "timeline"},
             {"testing", "pool", "policy", "executor", "adam"},
@@ -40,7 +42,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
             {"scheduling", "estimate", "calibration", "timing", "optimizer_state", "updates"},
             {"planner", "tracing"},
             {"candidates"},
-            {"controller", "jobs"},
+            {"controller", "jobs", "memory"},
             {"runtime", "streaming"},
             {"record", "live"},
             {"arguments", "explain", "verdict"},
