@@ -124,9 +124,8 @@ class Runtime:
         self._conductor = Conductor(self.lanes.compute, self.accelerator, weakref.WeakMethod(self._break))
         # Pinned memory and slots may go back only when no copy uses them; at exit the device's own teardown waits.
         # Not the host lane: the traceback of a failed update, which it keeps, would keep this runtime.
-        landing = weakref.finalize(
-            self, _let_land, os.getpid(), self._conductor, self._hooks, self.lanes.h2d, self.lanes.d2h
-        )
+        copies = (self.lanes.h2d, self.lanes.d2h)
+        landing = weakref.finalize(self, _let_land, self._process, self._conductor, self._hooks, *copies)
         landing.atexit = False
 
     # ---- layout and memory

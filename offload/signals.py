@@ -31,7 +31,7 @@ def deferred_signals() -> Iterator[None]:
     arrived: list[int] = []
     previous = {number: handler for number in DEFERRED if callable(handler := signal.getsignal(number))}
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def note(number: int, _: FrameType | None) -> None:
         if is_over or (number == signal.SIGINT and number in arrived):
             signal.signal(number, previous[number])
             signal.raise_signal(number)

@@ -148,7 +148,7 @@ def test_bill_is_what_the_device_holds(sim: ModuleType, policy: Policy) -> None:
     built = build(policy, device)
     of_params = sum(4 * numel for numel in NUMELS)
     assert torch.accelerator.memory_allocated(device) - before - of_params == built.bill.device_bytes
-    held = {buffer.data_ptr(): buffer.nbytes for buffer in pinned_buffers(built)}
+    held = {buffer.data_ptr(): buffer.untyped_storage().nbytes() for buffer in pinned_buffers(built)}
     assert sum(held.values()) == built.bill.pinned_bytes
 
 
