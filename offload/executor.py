@@ -21,14 +21,22 @@ Lane order does the rest. Remove a wait, and `offload.ordering.find_hazards` nam
 [Note: early transfers]
 A prefetch or a gradient that is the first in its buffer needs nothing that the update does, so it may be enqueued while
 backward still runs: :func:`enqueue_early`. The update itself then goes without these operations.
+
+[Note: a slot less]
+Where the device has no memory left when a state should go into its slot, nothing was changed yet: the slot's memory is
+given back, and what has not begun takes another slot or is updated on the CPU. The bits are the same anywhere. Who owns
+the slots sees afterwards that one has no buffer any more, and plans with fewer from then on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 
+import torch
+
 from offload.lanes import Event, Lane, Lanes
 from offload.plan import Op, OpKind, Plan
+from offload.shrink import without_slot
 from offload.subgroup import Slot, Staging, Subgroup
 
 # The operations that write the parameters of a subgroup; each plan has one of them for each subgroup.
@@ -78,12 +86,28 @@ def enqueue_update(
     lanes.update.wait(backward)
     if begun:
         lanes.h2d.wait(backward)
-    for op in plan.ops:
-        if op not in begun:
-            subgroup = subgroups[op.subgroup]
+    ops, lost = [op for op in plan.ops if op not in begun], set()
+    touched = {op.subgroup for op in begun}
+    for position, op in enumerate(ops):  # whose rest may be replaced below
+        subgroup = subgroups[op.subgroup]
+        try:
             _enqueue(op, subgroup, slots, stagings, lanes, grads_ready=backward)
-            if op.kind in LAST_WRITES:
-                announce(subgroup)
+        except torch.OutOfMemoryError:
+            if op.kind is not OpKind.PREFETCH:
+                raise
+            # See [Note: a slot less].
+            assert op.buffer is not None
+            lost.add(op.buffer)
+            usable = [slot.index for slot in slots if slot.index not in lost]
+            instead = without_slot(ops, position, begun=touched, slots=usable, num_staging=len(stagings))
+            if instead is None:
+                raise
+            slots[op.buffer].buffer = None
+            ops[position + 1 :] = instead
+            continue
+        touched.add(op.subgroup)
+        if op.kind in LAST_WRITES:
+            announce(subgroup)
 
 
 def early_operations(plan: Plan) -> list[Op]:

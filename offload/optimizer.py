@@ -77,6 +77,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
     """
 
     rule: Rule
+    _allocates = True
 
     def __init__(
         self,
@@ -114,7 +115,8 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._forget_runtime()
         super().__init__(params, defaults)
         self._build()
-        publish_if_asked(self)
+        if self._allocates:
+            publish_if_asked(self)
 
     # ---- construction
 
@@ -133,6 +135,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         if options.overlap == "auto":
             options = replace(options, overlap="none" if device.type == "cpu" else "next_forward")
         total_numel = sum(p.numel() for p in params if p.requires_grad)
+        options = replace(options, allocates=self._allocates)
         self._subgroup_numel = resolve_subgroup_numel(options.subgroup_numel, total_numel)
         self._runtime = Runtime(device, options)
         self._add_to_runtime(range(len(self.param_groups)))
@@ -378,6 +381,16 @@ class OffloadedOptimizer(torch.optim.Optimizer):
     def bill(self) -> MemoryBill:
         """Bytes taken beyond parameters and gradients."""
         return self.runtime.bill
+
+    @classmethod
+    def bill_of(cls, params: ParamsT, **arguments: Any) -> MemoryBill:
+        """What an optimizer constructed with these arguments would take. Nothing is taken.
+
+        Raises what the constructor raises, :class:`offload.BudgetError` where the system or a budget does not hold it.
+        """
+        unallocated = type(cls.__name__, (cls,), {"_allocates": False})
+        bill: MemoryBill = unallocated(params, **arguments).bill
+        return bill
 
     def explain(self) -> str:
         """Which subgroup is updated where, what it costs in memory, and what the rates measured so far predict.

@@ -215,6 +215,14 @@ class Pool:
                 buffer.record_stream(stream)
             self.slots.append(Slot(i, buffer))
 
+    def drop_lost_slots(self) -> int:
+        """Forget the slots whose memory was given back, number the others anew, and say how many there are."""
+        if any(slot.buffer is None for slot in self.slots):
+            self.slots = [slot for slot in self.slots if slot.buffer is not None]
+            for i, slot in enumerate(self.slots):
+                slot.index = i
+        return len(self.slots)
+
     def set_ring(self) -> PinnedRing:
         """The ring that states pass through whose pinning was refused. Pageable itself if it cannot be pinned."""
         if self.ring is None:

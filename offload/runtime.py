@@ -8,7 +8,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -21,7 +21,7 @@ from offload.conductor import Conductor
 from offload.controller import Controller, Decision, Measurement
 from offload.early import EarlyTransfers, watch_gradients
 from offload.executor import run_update
-from offload.homes import Homes, first_plan
+from offload.homes import NUM_STAGING, Homes, first_plan
 from offload.kernels import default_implementation
 from offload.lanes import Lane, Lanes
 from offload.lanes.accelerator import StreamLane, accelerator_lanes
@@ -30,7 +30,7 @@ from offload.layout import Packed
 from offload.memory import Claim, allocate_buffers, allocate_states, claim, warn_of_ring
 from offload.ordering import check_ordering
 from offload.perf_model import Prediction, Rates, predict
-from offload.plan import Placement, Plan
+from offload.plan import Placement, Plan, lower
 from offload.policy import Overlap, Policy
 from offload.pool import BudgetError, Budgets, MemoryBill, Pool, format_bytes
 from offload.state_layout import ADAM_FP32, StateKind, StateLayout
@@ -51,6 +51,7 @@ class Options:
     num_slots: int | None
     rates: Rates | None = None  # believed until measured, with "auto"
     overlap: Overlap = "none"
+    allocates: bool = True  # False: nothing is but billed
 
 
 def lanes_for(device: torch.device) -> Lanes:
@@ -155,6 +156,9 @@ class Runtime:
         )  # fmt: skip
         self._check_plan(self._first_plan(subgroups, wanted.homes)[0], subgroups, wanted.homes)
 
+        if not options.allocates:
+            self.subgroups, self._claim = subgroups, wanted
+            return []
         self.synchronize()
         added_actions: list[AdamSubgroup] = []
         try:
@@ -294,6 +298,7 @@ class Runtime:
             Exception: whatever failed in a lane, with its traceback.
         """
         self.finish()
+        self._go_on_without_lost_slots()
         idle = frozenset(range(len(self.subgroups))) - updates.keys()
         # A step that leaves subgroups out says little about one that does not.
         observed = self._chooses and not idle and self.controller is not None and self.controller.wants(self._num_steps)
@@ -331,8 +336,32 @@ class Runtime:
                 self.actions[index].end_step()
             raise
         self._num_steps += 1
-        if observed:
+        if observed and all(slot.buffer is not None for slot in self.pool.slots):
             self._observe(plan)
+
+    def _go_on_without_lost_slots(self) -> None:
+        """After [Note: a slot less] in :mod:`offload.executor`."""
+        num_slots = self.pool.drop_lost_slots()
+        if num_slots == self.homes.num_slots:
+            return
+        logger.warning(
+            "the device ran out of memory in a prefetch: %d of %d slots were given back. Training goes on, the same "
+            "bit for bit; give a device_budget that leaves the model more room",
+            self.homes.num_slots - num_slots, self.homes.num_slots,
+        )  # fmt: skip
+        self._early.forget()
+        homes = replace(self.homes, num_slots=num_slots)
+        if num_slots == 0 and homes.num_staging == 0:
+            homes = replace(homes, num_staging=NUM_STAGING)
+            self.pool.set_stagings(homes.num_staging, homes.staging_bytes(self.subgroups))
+        where = [
+            Placement.HOST if each is Placement.DEVICE and num_slots == 0 else each
+            for _, each in sorted(self._plan.placements.items())
+        ]
+        self._plan = lower(where, num_slots=num_slots, num_staging=homes.num_staging)
+        self._claim = Claim.of(homes, self.subgroups, self.accelerator)
+        self.controller = self._new_controller(self.subgroups, homes) if num_slots else None
+        self._check_plan(self._plan, self.subgroups, homes)
 
     def _gradient_arrived(self, index: int) -> None:
         """In backward, in a thread of autograd's."""

@@ -34,6 +34,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
                 "state_entries",
                 "rules",
                 "ring",
+                "shrink",
             },
             {"subgroup", "module_waits", "monitor", "timeline"},
             {"testing", "pool", "policy", "executor", "adam"},

@@ -10,6 +10,7 @@
 #include <cstring>
 
 #include "affinity.h"
+#include "checks.h"
 #include "formats.h"
 #include "scalars.h"
 #include "shares.h"
@@ -139,14 +140,15 @@ OFFLOAD_EXPORT int offload_adam_supports(int isa) { return offload::IsSupported(
 // name in scalars.h. state_format: 0 fp32, 1 split16, 2 bf16, 3 int8; state.h says what the state's buffers then are.
 // Formats of grad and param: -1 none (param only), 0 fp32, 1 bfloat16, 2 fp16. Buffers don't overlap; alignment is
 // that of their element. Work is handed out in chunks of chunk_numel elements (> 0, outside fp32 Adam a multiple of
-// 128) to at most num_threads threads, the caller included. Returns 0, or -1 for what isn't known here.
+// 128) to at most num_threads threads, the caller included. Returns 0, or a Refusal of checks.h, before
+// any memory is touched.
 OFFLOAD_EXPORT int offload_update(int isa, int rule, int state_format, void* master, void* first, void* second,
                                   float* max_second, float* first_scale, float* second_scale, const void* grad,
                                   int grad_format, void* param, int param_format, size_t numel, const void* scalars,
                                   uint32_t key0, uint32_t key1, uint32_t first_index, int num_threads,
                                   size_t chunk_numel) {
   using namespace offload;
-  if (!IsSupported(static_cast<Isa>(isa)) || chunk_numel == 0) return -1;
+  if (!IsSupported(static_cast<Isa>(isa))) return static_cast<int>(Refusal::kUnknown);
   const Buffers buffers{static_cast<StateFormat>(state_format),
                         master,
                         first,
@@ -159,6 +161,8 @@ OFFLOAD_EXPORT int offload_update(int isa, int rule, int state_format, void* mas
                         param,
                         static_cast<Format>(param_format),
                         Rounding{key0, key1, first_index}};
+  const Refusal refusal = Check(static_cast<RuleKind>(rule), buffers, numel, scalars, num_threads, chunk_numel);
+  if (refusal != Refusal::kFine) return static_cast<int>(refusal);
   const RangeFn update = Select(static_cast<Isa>(isa), static_cast<RuleKind>(rule), buffers);
   if (update == nullptr) return -1;
   ForRanges(numel, chunk_numel, num_threads, [&](size_t begin, size_t end) {
