@@ -1,8 +1,8 @@
 """One life of a training run that is disturbed on purpose: ``python -m tests.soak FOLDER STEPS SEED``.
 
-Trains a small language model on the emulated device from the folder's checkpoint on, if there is one. What memory it may
-take, which plan it follows in each step and which faults befall it are drawn from the seed; none of them may change a
-bit of the weights, which it writes to the folder at the end. ``tests/test_soak.py`` kills it and starts it again.
+Trains a small language model on the emulated device from the folder's checkpoint on, if there is one. What memory it
+may take, which plan it follows in each step and which faults befall it are drawn from the seed; none of them may change
+a bit of the weights, which it writes to the folder at the end. ``tests/test_soak.py`` kills it and starts it again.
 """
 
 from __future__ import annotations
@@ -41,10 +41,9 @@ class CharModel(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens) + self.position
         query, key, value = self.attention(x).chunk(3, dim=-1)
-        scores = query @ key.transpose(-1, -2) / WIDTH**0.5 + torch.full_like(query @ key.transpose(-1, -2), -1e9).triu(
-            1
-        )
-        x = x + scores.softmax(-1) @ value
+        scores = query @ key.transpose(-1, -2) / WIDTH**0.5
+        future = torch.full_like(scores, -1e9).triu(1)
+        x = x + (scores + future).softmax(-1) @ value
         x = x + self.down(torch.relu(self.up(self.norm(x))))
         return self.out(x) @ self.embedding.weight.t()
 

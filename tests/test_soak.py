@@ -39,7 +39,7 @@ def disturbed(folder: Path, num_steps: int, num_kills: int, seed: int) -> Counte
         life = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert life.stdout is not None
         spare = num_killed == num_kills
-        lines_left = rng.randint(5, 2 * num_steps // num_kills)
+        lines_left = rng.randint(5, 3 * num_steps // (2 * num_kills))
         for line in life.stdout:
             said[line.split()[0]] += 1
             lines_left -= 1
