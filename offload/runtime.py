@@ -154,7 +154,7 @@ class Runtime:
             options.policy, subgroups, options.budgets, options.num_slots, self.accelerator,
             taken=self._claim, num_settled=num_settled,
         )  # fmt: skip
-        self._check_plan(self._first_plan(subgroups, wanted.homes)[0], subgroups, wanted.homes)
+        plan, controller = self._first_plan(subgroups, wanted.homes)
 
         if not options.allocates:
             self.subgroups, self._claim = subgroups, wanted
@@ -175,8 +175,8 @@ class Runtime:
                 subgroup.actions = AdamSubgroup(item.slices, item.dtype, state, self.accelerator, layout, ring)
                 del state
                 added_actions.append(subgroup.actions)
-            plan, controller = self._first_plan(subgroups, homes)
-            self._check_plan(plan, subgroups, homes)
+            if homes != wanted.homes:  # the system gave less
+                plan, controller = self._first_plan(subgroups, homes)
         except BaseException:  # out of memory: what was there must go on working
             added_actions.clear()
             for subgroup in added:
@@ -208,8 +208,11 @@ class Runtime:
     def _first_plan(self, subgroups: Sequence[Subgroup], homes: Homes) -> tuple[Plan, Controller | None]:
         controller = self._new_controller(subgroups, homes)
         if controller is None:
-            return first_plan(self.options.policy, len(subgroups), homes), None
-        return controller.first_plan, controller
+            plan = first_plan(self.options.policy, len(subgroups), homes)
+        else:
+            plan = controller.first_plan
+        self._check_plan(plan, subgroups, homes)
+        return plan, controller
 
     def _streams(self) -> list[torch.Stream]:
         return [lane.stream for lane in (self.lanes.h2d, self.lanes.d2h) if isinstance(lane, StreamLane)]
