@@ -207,10 +207,8 @@ class Runtime:
 
     def _first_plan(self, subgroups: Sequence[Subgroup], homes: Homes) -> tuple[Plan, Controller | None]:
         controller = self._new_controller(subgroups, homes)
-        if controller is None:
-            plan = first_plan(self.options.policy, len(subgroups), homes)
-        else:
-            plan = controller.first_plan
+        fixed = first_plan(self.options.policy, len(subgroups), homes)
+        plan = fixed if controller is None else controller.first_plan
         self._check_plan(plan, subgroups, homes)
         return plan, controller
 
