@@ -26,7 +26,7 @@ DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "BOOL": torch.bool,
 }  # fmt: skip
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000  # the library's limit
 CHUNK_BYTES = 1 << 24  # what is in memory at a time of a tensor that is written or checked
@@ -120,7 +120,7 @@ def _make_header(kinds: Mapping[str, Kind]) -> bytes:
     entries, end = {}, 0
     for name, (dtype, shape) in kinds.items():
         begin, end = end, end + math.prod(shape) * dtype.itemsize
-        entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        entries[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     header = json.dumps(entries).encode()
     header += b" " * (-len(header) % 8)  # so that the first tensor is aligned, as the library pads it
     return len(header).to_bytes(LENGTH_BYTES, "little") + header
@@ -155,11 +155,8 @@ class TensorFileWriter:
     """
 
     def __init__(self, path: Path, kinds: Mapping[str, Kind]) -> None:
-        for name, (dtype, _) in kinds.items():
-            if dtype not in _NAMES:
-                raise TypeError(f"tensor {name!r} has dtype {dtype}, which safetensors files have no name for")
         header = _make_header(kinds)
-        self._pending = [*reversed(kinds.items())]
+        self._pending = [*kinds.items()][::-1]
         self._header_crc32 = zlib.crc32(header)
         self._tensors_crc32: dict[str, int] = {}
         self._num_bytes = len(header)
@@ -201,8 +198,8 @@ def _write_all(file: Any, data: memoryview) -> None:
 def byte_chunks(tensor: Tensor) -> Iterator[memoryview]:
     """The bytes of a tensor, in order; of one on a device, no more than a chunk is on the host at a time."""
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    for chunk in flat.split(CHUNK_BYTES):
-        yield memoryview(chunk.cpu().numpy())
+    for begin in range(0, flat.numel(), CHUNK_BYTES):
+        yield flat[begin : begin + CHUNK_BYTES].cpu().numpy().data
 
 
 def open_inside(folder: Path, name: str) -> Any:
@@ -292,7 +289,7 @@ class StoredTensor:
 
     def verify(self, buffer: Tensor) -> None:
         """Raise ValueError if its bytes are not those that were written; ``buffer``: uint8, for a chunk of them."""
-        chunk = memoryview(buffer.numpy())
+        chunk = buffer.numpy().data
         sizes = (min(chunk.nbytes, self.num_bytes - begin) for begin in range(0, self.num_bytes, chunk.nbytes))
         self._read([chunk[:size] for size in sizes])
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from offload.checkpoint.index import Index, Param
 from offload.optimizer import OffloadedOptimizer
-from offload.tensor_file import FileRecord, Kind, kind_of
+from offload.tensor_file import NAMES, FileRecord, Kind, kind_of
 
 _FILE_BYTES = 1 << 28  # a file is closed when it has as many: few files, and no more than one need be read again
 
@@ -88,6 +88,9 @@ def part_of(optimizer: torch.optim.Optimizer, model: nn.Module | None, *, saves_
             params[name] = Param(index, *kind_of(param), tuple(entry))
             tensors.update((entry_key(name, key), tensor) for key, tensor in entry.items())
     of_model, aliases = ({}, {}) if model is None or not saves_model else model_tensors(model)
+    for name, tensor in [*tensors.items(), *of_model.items(), *((names[param], param) for param in names)]:
+        if tensor.dtype not in NAMES:
+            raise TypeError(f"{name!r} has dtype {tensor.dtype}, which safetensors files have no name for")
     description = Description(
         optimizer=type(optimizer).__name__,
         state_format=optimizer.state_format if isinstance(optimizer, OffloadedOptimizer) else "fp32",
@@ -127,7 +130,9 @@ def merged(
     descriptions: Sequence[Description], files: Mapping[str, FileRecord], data: str, extra: dict[str, Any]
 ) -> Index:
     """The index of what all ranks saved. Raises ValueError if their optimizers differ in kind."""
-    first, groups, params = descriptions[0], [], {}
+    first = descriptions[0]
+    groups: list[dict[str, Any]] = []
+    params: dict[str, Param] = {}
     for each in descriptions:
         if (each.optimizer, each.state_format, each.named) != (first.optimizer, first.state_format, first.named):
             raise ValueError(

@@ -49,14 +49,14 @@ def commit(path: Path, index: Index) -> None:
     """Make the version that ``index`` describes the checkpoint. Its files are on the disk."""
     folder = path / f".{index.data}"
     _sync_folder(folder)
-    folder.rename(path / index.data)
+    os.rename(folder, path / index.data)
     part = path / _PART
     with part.open("wb") as file:
         file.write(index.dump().encode())
         file.flush()
         os.fsync(file.fileno())
     _sync_folder(path)  # the version has its name before the index says so
-    part.replace(path / INDEX_NAME)
+    os.replace(part, path / INDEX_NAME)
     _sync_folder(path)
     _sync_folder(path.parent)
     _remove_others(path, keep=index.data)

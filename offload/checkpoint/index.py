@@ -18,13 +18,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from offload.tensor_file import DTYPES, FileRecord, Kind
+from offload.tensor_file import DTYPES, NAMES, FileRecord, Kind
 
 FORMAT, VERSION = "offload-checkpoint", 1
 INDEX_NAME = "index.json"
 DATA_NAME = re.compile(r"data-[0-9a-f]{16}")  # the folder of one version's files
 FILE_NAME = re.compile(r"rank\d+-(optimizer|model)-\d+\.safetensors")
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _T = TypeVar("_T")
 
 
@@ -85,7 +84,7 @@ class Index:
         content = {
             "optimizer": self.optimizer, "state_format": self.state_format, "named": self.named,
             "groups": [{key: _encoded(value, key) for key, value in group.items()} for group in self.groups],
-            "params": {name: [p.group, _DTYPE_NAMES[p.dtype], p.shape, p.entries] for name, p in self.params.items()},
+            "params": {name: [p.group, NAMES[p.dtype], p.shape, p.entries] for name, p in self.params.items()},
             "has_model": self.has_model, "aliases": self.aliases, "data": self.data,
             "files": {name: asdict(record) for name, record in self.files.items()},
             "extra": self.extra,
@@ -188,8 +187,8 @@ def _encoded(value: object, key: str) -> Any:
         return {_TUPLE: [_encoded(each, key) for each in value]}
     if isinstance(value, list):
         return [_encoded(each, key) for each in value]
-    if isinstance(value, Tensor) and value.numel() == 1 and value.dtype in _DTYPE_NAMES:
-        return {_TENSOR: [value.item(), _DTYPE_NAMES[value.dtype], list(value.shape)]}
+    if isinstance(value, Tensor) and value.numel() == 1 and value.dtype in NAMES:
+        return {_TENSOR: [value.item(), NAMES[value.dtype], list(value.shape)]}
     raise TypeError(f"group entry {key!r} is a {type(value).__name__}: a checkpoint keeps numbers, text and tuples")
 
 
