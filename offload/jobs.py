@@ -136,7 +136,8 @@ class HiddenUpdate:
     is_exact: bool = True  # else of a sample of the subgroups, scaled up
 
     def as_dict(self) -> dict[str, Any]:
-        return {"name": describe(self.hiding), **asdict(self)}
+        seconds = {"step_s": self.step_s, "update_s": self.update_s, "is_exact": self.is_exact}
+        return {"name": describe(self.hiding), "plan": self.plan_name, **asdict(self.hiding), **seconds}
 
 
 @dataclass(frozen=True, slots=True)
