@@ -138,9 +138,7 @@ def best_split(update: Update, rates: Rates) -> tuple[float, Bound]:
     cores and one direction of B bytes/s bind, that is ``(B - 2U) / (B + 10U)``, and the bound ``12 N / (B + 10U)``.
     """
     at_none, at_all = (list(bound_of(update.load(share), rates).seconds_of.values()) for share in (0.0, 1.0))
-    lines = [
-        (none, all_ - none) for none, all_ in zip(at_none, at_all, strict=True)
-    ]  # seconds, and more with the share
+    lines = [(start, end - start) for start, end in zip(at_none, at_all, strict=True)]
     crossings = [
         (start - other) / (other_slope - slope)
         for (start, slope), (other, other_slope) in itertools.combinations(lines, 2)
