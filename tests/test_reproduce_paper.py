@@ -166,11 +166,9 @@ def test_models_of_two_matrices_are_packed_too(tmp_path: Path) -> None:
     numels = read_tables(path).numels_of("6.7B")
     assert min(numels) > 0
     assert 4 * sum(numels) == pytest.approx(6.86e9, rel=2e-2)
-    wrong = {
-        "models": {"6.7B": {**model, "params_real": 2e9}},
-        "phases_h100": [{"model": "6.7B", "zero3": {"update": 1}}],
-    }
-    assert main(["--rows", str(write(tmp_path, wrong))]) == 2
+    model["params_real"] = 2e9
+    path = write(tmp_path, {"models": {"6.7B": model}, "phases_h100": [{"model": "6.7B", "zero3": {"update": 1.0}}]})
+    assert main(["--rows", str(path)]) == 2
 
 
 @pytest.mark.parametrize(
