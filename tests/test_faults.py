@@ -296,6 +296,19 @@ def test_no_clock_that_can_jump() -> None:
     assert calls <= {"live.py", "cli/watch.py"}, "use time.monotonic or time.perf_counter"
 
 
+def test_the_package_opens_no_socket() -> None:
+    """Ranks talk through torch's process groups, and `offload watch` through a file."""
+    root = Path(offload.__file__).parent
+    imported = {
+        name.name
+        for path in root.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Import)
+        for name in node.names
+    }
+    assert not imported & {"socket", "socketserver", "http.server", "xmlrpc.server", "asyncio"}
+
+
 RANK = """
 import os, sys, datetime, torch, offload
 import torch.distributed as dist
