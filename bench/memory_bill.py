@@ -139,40 +139,35 @@ class Process:
         self._process.communicate()
 
 
-def measure(config: dict[str, Any]) -> dict[str, int]:
-    """The bill, and by how much an optimizer raises what training takes at most, in bytes."""
-    process = Process(config, None)
-    locked_before = process.status_bytes("VmLck")
+def run(config: dict[str, Any], group: Path | None, factor: float) -> dict[str, Any]:
+    """What becomes of a run whose control group leaves it ``factor`` times its bill, and what it took.
+
+    "taken" is by how much an optimizer raises what training takes at most, in bytes.
+    """
+    process = Process(config, group)
+    before = {field: process.status_bytes(field) for field in ("VmRSS", "VmLck")}
+    if group is not None:
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used = int((group / "memory.usage_in_bytes").read_text())
+        used -= int(stat["total_inactive_file"]) + int(stat["total_active_file"])
+        limit = used + process.peak_before - before["VmRSS"] + int(factor * total(process.bill))
+        (group / "memory.limit_in_bytes").write_text(str(limit))
     process.forget_peak()
     process.go_on()
-    assert process.hear() == {"refused": None}
-    taken = process.status_bytes("VmHWM") - process.peak_before
-    pinned = process.status_bytes("VmLck") - locked_before
+    heard = process.hear()
+    seen = {"billed": total(process.bill), "billed_pinned": process.bill["pinned"], "taken": 0, "pinned": 0}
+    if "killed" not in heard:
+        seen["taken"] = process.status_bytes("VmHWM") - process.peak_before
+        seen["pinned"] = process.status_bytes("VmLck") - before["VmLck"]
     process.end()
-    return {"billed": total(process.bill), "taken": taken, "billed_pinned": process.bill["pinned"], "pinned": pinned}
+    if group is not None:
+        (group / "memory.limit_in_bytes").write_text("-1")
+    outcome = "killed" if "killed" in heard else "completed" if heard["refused"] is None else "refused"
+    return {**seen, "outcome": outcome}
 
 
 def total(bill: dict[str, int]) -> int:
     return bill["host"] + bill["device"]
-
-
-def run_limited(config: dict[str, Any], group: Path, factor: float) -> str:
-    """What becomes of a run whose control group leaves it ``factor`` times its bill."""
-    process = Process(config, group)
-    stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    used = int((group / "memory.usage_in_bytes").read_text())
-    used -= int(stat["total_inactive_file"]) + int(stat["total_active_file"])
-    before = process.status_bytes("VmRSS")
-    used += process.peak_before - before
-    (group / "memory.limit_in_bytes").write_text(str(used + int(factor * total(process.bill))))
-    process.go_on()
-    heard = process.hear()
-    grown = 0 if "killed" in heard else process.status_bytes("VmRSS") - before
-    process.end()
-    (group / "memory.limit_in_bytes").write_text("-1")
-    if "killed" in heard:
-        return "killed"
-    return "completed" if heard["refused"] is None else f"refused, {grown / 2**20:.1f} MiB taken"
 
 
 @contextlib.contextmanager
@@ -203,13 +198,13 @@ def main() -> None:
         for name, config in CONFIGS.items():
             if options.only and options.only not in name:
                 continue
-            seen = measure(config)
-            above, below = ("not run", "not run")
-            if group is not None:
-                above, below = run_limited(config, group, 1.05), run_limited(config, group, 0.8)
-            print(f"{name:24} {mib(seen['billed'])} {mib(seen['taken'])} {off(seen['taken'], seen['billed'])} "
-                  f"{mib(seen['billed_pinned'])} {mib(seen['pinned'])} {off(seen['pinned'], seen['billed_pinned'])}  "
-                  f"{above:12} {below}", flush=True)  # fmt: skip
+            above = run(config, group, 1.05)
+            below = {"outcome": "not run", "taken": 0} if group is None else run(config, group, 0.8)
+            print(f"{name:24} {mib(above['billed'])} {mib(above['taken'])} {off(above['taken'], above['billed'])} "
+                  f"{mib(above['billed_pinned'])} {mib(above['pinned'])} "
+                  f"{off(above['pinned'], above['billed_pinned'])}  "
+                  f"{above['outcome'] if group is not None else 'not run':12} "
+                  f"{below['outcome']}, {mib(max(0, below['taken'])).strip()} taken", flush=True)  # fmt: skip
     return None
 
 
