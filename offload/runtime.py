@@ -384,7 +384,11 @@ class Runtime:
         """Wait until nothing is in flight: parameters and states may be read and written by anyone afterwards."""
         self.finish()
         self._early.forget()  # states may be written now
-        self.lanes.synchronize()
+        try:
+            self.lanes.synchronize()
+        except Exception as error:  # an error of the device surfaces wherever it is waited for
+            self._break(error)
+            raise
 
     def check_usable(self) -> None:
         """Raise RuntimeError if a step failed half way, or in a fork of the process that streams and workers are in."""

@@ -111,7 +111,7 @@ class Accelerator:
         """
 
     def begin_host_task(self) -> None:
-        """Tell that the calling thread, a worker, begins a piece of work; an emulated device may let it fail here."""
+        """Tell that the calling thread, a worker, begins an update; an emulated device may let it fail here."""
 
     def charge_host_time(self, seconds: float, name: str = "host work", *, numel: int = 0, num_bytes: int = 0) -> None:
         """Advance the virtual clock of the calling thread: work called ``name`` took ``seconds``.

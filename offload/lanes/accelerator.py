@@ -150,7 +150,8 @@ class HostLane:
                     self._worker.doing = f"waits for {event} before {work.name}"
                     event.synchronize()
             self._worker.doing = f"runs {work.name}"
-            accelerator.begin_host_task()
+            if work.numel:
+                accelerator.begin_host_task()
             begin_s, start_s = accelerator.host_time_s(), time.perf_counter()
             with accelerator.annotate(f"offload {self.name} {work.name}"):
                 work.run()
