@@ -387,7 +387,7 @@ class Runtime:
         try:
             self.lanes.synchronize()
         except Exception as error:  # an error of the device surfaces wherever it is waited for
-            self._break(error)
+            self.mark_broken(error)
             raise
 
     def check_usable(self) -> None:
