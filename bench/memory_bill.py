@@ -139,8 +139,8 @@ class Process:
         self._process.communicate()
 
 
-def run(config: dict[str, Any], group: Path | None, factor: float) -> dict[str, Any]:
-    """What becomes of a run whose control group leaves it ``factor`` times its bill, and what it took.
+def run(config: dict[str, Any], group: Path | None, factor: float, *, items: tuple[str, ...]) -> dict[str, Any]:
+    """What becomes of a run whose control group leaves it ``factor`` times these items of its bill, and what it took.
 
     "taken" is by how much an optimizer raises what training takes at most, in bytes.
     """
@@ -150,7 +150,7 @@ def run(config: dict[str, Any], group: Path | None, factor: float) -> dict[str, 
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         used = int((group / "memory.usage_in_bytes").read_text())
         used -= int(stat["total_inactive_file"]) + int(stat["total_active_file"])
-        limit = used + process.peak_before - before["VmRSS"] + int(factor * total(process.bill))
+        limit = used + process.peak_before - before["VmRSS"] + int(factor * sum(process.bill[item] for item in items))
         (group / "memory.limit_in_bytes").write_text(str(limit))
     process.forget_peak()
     process.go_on()
@@ -198,8 +198,8 @@ def main() -> None:
         for name, config in CONFIGS.items():
             if options.only and options.only not in name:
                 continue
-            above = run(config, group, 1.05)
-            below = {"outcome": "not run", "taken": 0} if group is None else run(config, group, 0.8)
+            above = run(config, group, 1.05, items=("host", "device"))
+            below = {"outcome": "not run", "taken": 0} if group is None else run(config, group, 0.8, items=("host",))
             print(f"{name:24} {mib(above['billed'])} {mib(above['taken'])} {off(above['taken'], above['billed'])} "
                   f"{mib(above['billed_pinned'])} {mib(above['pinned'])} "
                   f"{off(above['pinned'], above['billed_pinned'])}  "

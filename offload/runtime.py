@@ -350,7 +350,6 @@ class Runtime:
             "bit for bit; give a device_budget that leaves the model more room",
             self.homes.num_slots - num_slots, self.homes.num_slots,
         )  # fmt: skip
-        self._early.forget()
         homes = replace(self.homes, num_slots=num_slots)
         if num_slots == 0 and homes.num_staging == 0:
             homes = replace(homes, num_staging=NUM_STAGING)
@@ -369,6 +368,7 @@ class Runtime:
         will_be_timed = self.time_next_step or (self.controller is not None and self.controller.wants(self._num_steps))
         if self._broken is None and not will_be_timed:
             self._conductor.finish()
+            self._go_on_without_lost_slots()
             self._early.arrived(self.subgroups[index], self._plan, self.subgroups)
 
     def finish(self) -> None:

@@ -140,15 +140,19 @@ def test_a_failed_step_says_so_and_nothing_hangs(sim: ModuleType, kind: faults.K
     assert nth > 2, "there were copies and tasks to fail"
 
 
-def fail_prefetch(monkeypatch: pytest.MonkeyPatch, optimizer: offload.AdamW, nths: set[int]) -> None:
-    """Let some prefetches find the device full."""
+def fail_prefetch(
+    monkeypatch: pytest.MonkeyPatch, optimizer: offload.AdamW, nths: set[int], *, in_backward: bool = True
+) -> None:
+    """Let some prefetches find the device full; with ``in_backward`` False, count only those of the step itself."""
     num_seen = 0
     for actions in optimizer.runtime.actions:
 
         def prefetch(slot: object, original: object = actions.prefetch) -> None:
             nonlocal num_seen
-            num_seen += 1
-            if num_seen in nths:
+            thread = threading.current_thread()
+            is_in_step = thread is threading.main_thread() or thread.name.startswith("offload-conductor")
+            num_seen += in_backward or is_in_step
+            if (in_backward or is_in_step) and num_seen in nths:
                 raise torch.OutOfMemoryError("no memory left")
             assert callable(original)
             original(slot)
@@ -188,6 +192,36 @@ def test_device_full_in_a_prefetch(
         optimizer.zero_grad()
         assert torch.accelerator.memory_allocated() <= before - num_lost * slot_bytes + 4096
     assert optimizer.bill.slot_bytes == sum(slot.buffer.nbytes for slot in optimizer.runtime.pool.slots)
+
+
+@pytest.mark.parametrize("overlap", ["backward", "next_forward"])
+def test_device_full_in_a_step_after_early_transfers(
+    sim: ModuleType, monkeypatch: pytest.MonkeyPatch, overlap: str
+) -> None:
+    """What comes early for the next step must not go into a slot that is no more."""
+    model = mlp(device="sim")
+    optimizer = make(model, "device", overlap)
+    fail_prefetch(monkeypatch, optimizer, {2}, in_backward=False)
+    assert_same_bits(train(model, optimizer, steps=range(NUM_STEPS)), undisturbed())
+    assert optimizer.runtime.homes.num_slots == 1
+    assert sim.races() == []
+
+
+def test_an_error_that_surfaces_late_breaks_the_optimizer(sim: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of a device do: wherever it is waited for."""
+    model = mlp(device="sim")
+    optimizer = make(model, "host")
+    train(model, optimizer, steps=range(1))
+
+    def fail() -> None:
+        raise RuntimeError("an illegal access, some time ago")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(optimizer.runtime.lanes.h2d, "mark", fail)
+        with pytest.raises(RuntimeError, match="illegal access"):
+            optimizer.synchronize()
+    with pytest.raises(RuntimeError, match="this optimizer is broken"):
+        optimizer.synchronize()
 
 
 def test_device_full_with_nowhere_to_go(sim: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,10 +308,12 @@ def step():
 step()
 child = os.fork()
 step()
+if child:
+    os.waitpid(child, 0)  # lines must not mix
 names = [open(f"/proc/self/task/{thread}/comm").read() for thread in os.listdir("/proc/self/task")]
 helpers = sum(name.startswith("offload-update") for name in names)
 print("parent" if child else "child", params[0][0].item(), helpers, flush=True)
-os._exit(0) if child == 0 else os.waitpid(child, 0)
+os._exit(0)
 """
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=100)
     said = dict(line.split(" ", 1) for line in ran.stdout.splitlines())
