@@ -8,7 +8,9 @@ from types import ModuleType
 import pytest
 
 import offload
+from bench.online import SEEDS, WRONG, Machine
 from offload.controller import replay
+from offload.hardware import HardwareProfile
 from tests.training import assert_same_bits, mlp, train
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -32,6 +34,30 @@ def test_the_same_bits_before_during_and_after(sim: ModuleType, executor: str, s
     assert_same_bits(trained, reference)
     optimizer.synchronize()
     assert sim.races() == []
+
+
+@pytest.mark.parametrize(("factors", "seed"), [((2, 2, 0.5, 0.5), None), ((0.5, 0.5, 2, 2), 0), ((2, 0.5, 2, 0.5), 1)])
+def test_wrong_profiles_reach_the_best_plan_in_20_steps(
+    sim: ModuleType, factors: tuple[float, ...], seed: int | None
+) -> None:
+    """In virtual time, with neighbours (``seed``) or without: within 5 % of the best share that was timed."""
+    reached = Machine(HardwareProfile.load("rtx4090-desktop")).run(factors, seed)
+    assert reached.reached_over_best <= 1.05, reached
+
+
+def test_a_wrong_profile_is_worth_correcting(sim: ModuleType) -> None:
+    """Else the test above would hold without measuring."""
+    machine = Machine(HardwareProfile.load("rtx4090-desktop"))
+    firsts = [machine.run(factors).first_over_best for factors in ((2, 2, 0.5, 0.5), (0.5, 0.5, 2, 2))]
+    assert min(firsts) > 1.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("profile", HardwareProfile.names())
+def test_every_wrong_profile_reaches_the_best_plan_in_20_steps(sim: ModuleType, profile: str) -> None:
+    machine = Machine(HardwareProfile.load(profile))
+    worst = max(machine.run(factors, seed).reached_over_best for factors in WRONG for seed in SEEDS)
+    assert worst <= 1.05
 
 
 def test_the_log_of_a_training_is_replayed(sim: ModuleType, tmp_path: Path) -> None:
