@@ -25,9 +25,9 @@ import offload
 from bench.online import online
 from bench.paper_artifact import simulate
 from bench.paper_tables import Run, read_tables
+from offload.beliefs import RATE_OF_LANE, Measurement
 from offload.bounds import Update, best_split
 from offload.candidates import STRIDES, decide
-from offload.controller import RATE_OF_LANE, Measurement
 from offload.estimate import SHAPES, transformer_cost
 from offload.hardware import HardwareProfile
 from offload.homes import Homes

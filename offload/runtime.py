@@ -16,8 +16,9 @@ from torch.utils.hooks import RemovableHandle
 
 from offload.accelerators import accelerator_for
 from offload.adam import AdamSubgroup, SliceUpdate
+from offload.beliefs import Measurement
 from offload.conductor import Conductor
-from offload.controller import Controller, Decision, Measurement
+from offload.controller import Controller, Decision
 from offload.early import EarlyTransfers, watch_gradients
 from offload.executor import run_update
 from offload.homes import Homes, first_plan, settle
