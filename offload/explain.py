@@ -51,7 +51,7 @@ def _overlap(runtime: Runtime) -> str:
     """How the update hides, where ``overlap="auto"``, and why."""
     step_s = runtime.decisions[-1].step_s if runtime.decisions else {}
     if not step_s:
-        return f"overlap: {runtime.overlap}, until forward and backward were measured"
+        return f"overlap: {runtime.overlap}, until the times of forward and backward are known"
     times = [f"{seconds * 1e3:.2f} ms with {overlap}" for overlap, seconds in step_s.items()]
     return f"overlap: {runtime.overlap}; a step is predicted to take {', '.join(times)}"
 
