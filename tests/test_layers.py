@@ -18,7 +18,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     map(
         frozenset,
         (
-            {"plan", "kernels", "accelerators", "hardware", "processors"},
+            {"plan", "kernels", "accelerators", "hardware", "processors", "tensor_file"},
             {
                 "lanes",
                 "accounting",
@@ -47,7 +47,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
             {"arguments", "explain", "verdict"},
             {"optimizer", "compat"},
             {"optimizers"},
-            {"interconnect"},
+            {"interconnect", "checkpoint"},
             {"report", "doctor"},
             {"cli"},
             {"__init__"},
