@@ -139,6 +139,8 @@ def train_sharded(rank: int, store: str, expected: dict[str, Tensor]) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    from offload.testing import sim
+
     start_process(rank, store)
     mesh = init_device_mesh("sim", (NUM_PROCESSES,))
     sharded = make_model().to("sim")
@@ -149,8 +151,7 @@ def train_sharded(rank: int, store: str, expected: dict[str, Tensor]) -> None:
         assert weight.to_local().device.type == "sim"
         assert weight.to_local().numel() < weight.numel()
         torch.testing.assert_close(weight.full_tensor().cpu(), expected[name])
-    # Races are not looked at: FSDP2 frees gradients on the stream that reduced them while the optimizer may still read
-    # them, and has the next reduction wait for it, which nobody knows yet when they are freed.
+    assert sim.races() == []
     dist.destroy_process_group()
 
 

@@ -49,6 +49,21 @@ char* bytes_of(const void* pointer) {
   return device ? device_memory(*device).bytes_of(pointer) : static_cast<char*>(const_cast<void*>(pointer));
 }
 
+void poison_first(Operation& operation) {
+  std::vector<std::pair<char*, size_t>> blocks;
+  for (const ByteRange& range : operation.accesses) {
+    const void* pointer = reinterpret_cast<void*>(range.bytes.begin);
+    const std::optional<int> device = range.bytes.is_empty() ? std::nullopt : device_of(pointer);
+    if (!device) continue;
+    if (auto block = device_memory(*device).take_unpoisoned(pointer)) blocks.push_back(*block);
+  }
+  if (blocks.empty()) return;
+  operation.run = [blocks = std::move(blocks), run = std::move(operation.run)] {
+    for (const auto& [bytes, size] : blocks) std::memset(bytes, kNanByte, size);
+    run();
+  };
+}
+
 DeviceMemory::DeviceMemory(int device, size_t capacity_bytes) : device_(device) { map(capacity_bytes); }
 
 void DeviceMemory::map(size_t capacity_bytes) {
@@ -99,8 +114,8 @@ void* DeviceMemory::allocate(size_t num_bytes, int stream) {
     stats_.requested_bytes[0].increase(num_bytes);
     stats_.allocation[0].increase(1);
     live_[offset] = Block{offset, size, num_bytes, stream, {}};
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(guard_) + offset;
-    Runtime::get().mark_fresh(begin, begin + size);
+    Runtime& runtime = Runtime::get();
+    runtime.memory_allocated(runtime.stream(device_, stream), address(offset), address(offset + size));
     return true;
   };
   if (!take()) {
@@ -119,6 +134,7 @@ bool DeviceMemory::take_cached(size_t size, int stream, size_t& offset) {
   offset = found->second;
   cached.erase(found);
   if (found_size > size) cached.emplace(found_size - size, offset + size);
+  unpoisoned_[offset] = size;
   return true;
 }
 
@@ -156,18 +172,20 @@ void DeviceMemory::free(void* pointer) {
   if (found == live_.end()) return;
   Block block = std::move(found->second);
   live_.erase(found);
+  unpoisoned_.erase(block.offset);
   stats_.allocated_bytes[0].decrease(block.size);
   stats_.requested_bytes[0].decrease(block.requested);
   stats_.allocation[0].decrease(1);
-  if (block.other_streams.empty()) return recycle(block);
+  if (block.other_streams.empty()) return recycle(block, {});
   std::vector<EventPtr> uses;
   for (Stream* stream : block.other_streams) uses.push_back(Runtime::get().record(*stream));
   pending_.push_back({std::move(block), std::move(uses)});
 }
 
-// Its history stays known to the race detector: that is how a missing record_stream is found.
-void DeviceMemory::recycle(const Block& block) {
-  enqueue_free(block);
+void DeviceMemory::recycle(const Block& block, const std::vector<EventPtr>& ended) {
+  Runtime& runtime = Runtime::get();
+  runtime.memory_freed(runtime.stream(device_, block.stream), address(block.offset), address(block.offset + block.size),
+                       ended);
   cached_[block.stream].emplace(block.size, block.offset);
   stats_.active_bytes[0].decrease(block.size);
 }
@@ -177,12 +195,7 @@ void DeviceMemory::reclaim_pending() {
     return std::all_of(pending.uses.begin(), pending.uses.end(), [](auto& event) { return event->is_done; });
   };
   auto first_over = std::stable_partition(pending_.begin(), pending_.end(), [&](auto& p) { return !is_over(p); });
-  for (auto it = first_over; it != pending_.end(); ++it) {
-    // The allocator has seen all uses end: whoever comes next is ordered after them, though no event says so.
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(guard_) + it->block.offset;
-    Runtime::get().forget_accesses(begin, begin + it->block.size);
-    recycle(it->block);
-  }
+  for (auto it = first_over; it != pending_.end(); ++it) recycle(it->block, it->uses);
   pending_.erase(first_over, pending_.end());
 }
 
@@ -193,22 +206,13 @@ void DeviceMemory::record_use(const void* pointer, Stream& stream) {
     found->second.other_streams.insert(&stream);
 }
 
-// In stream order, as the next owner's first kernel would write it.
-void DeviceMemory::enqueue_free(const Block& block) {
-  auto& runtime = Runtime::get();
-  if (!runtime.poisons() && !runtime.finds_races()) return;
-  static const NameId kFree = intern("free");
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(guard_) + block.offset;
-  Operation operation;
-  operation.name = kFree;
-  if (runtime.poisons())
-    operation.run = [bytes = backing_ + block.offset, size = block.size] { std::memset(bytes, kNanByte, size); };
-  else
-    operation.run = [] {};
-  operation.accesses = {{{begin, begin + block.size, nullptr}, true}};
-  operation.access_kind = Access::Kind::kFree;
-  operation.is_bookkeeping = true;
-  runtime.enqueue(runtime.stream(device_, block.stream), std::move(operation));
+std::optional<std::pair<char*, size_t>> DeviceMemory::take_unpoisoned(const void* pointer) {
+  auto after = unpoisoned_.upper_bound(offset(pointer));
+  if (after == unpoisoned_.begin()) return std::nullopt;
+  const auto [begin, size] = *std::prev(after);
+  if (offset(pointer) >= begin + size) return std::nullopt;
+  unpoisoned_.erase(begin);
+  return std::make_pair(backing_ + begin, size);
 }
 
 void DeviceMemory::release_cached() {

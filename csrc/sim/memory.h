@@ -5,7 +5,8 @@
 // so the capacity may exceed what the machine has.
 //
 // Blocks are reused as CUDA's caching allocator does: at once by the stream they were allocated on, and only after
-// events on the other streams that record_stream named. The lock is the runtime's.
+// events on the other streams that record_stream named. Nothing touches a freed block until its next owner does: its
+// first operation finds the block full of NaN. The lock is the runtime's.
 #pragma once
 #include <c10/core/CachingDeviceAllocator.h>
 
@@ -14,6 +15,7 @@
 #include <optional>
 #include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "runtime.h"
@@ -38,6 +40,8 @@ class DeviceMemory {
   void* allocate(size_t num_bytes, int stream);  // throws c10::OutOfMemoryError
   void free(void* pointer);
   void record_use(const void* pointer, Stream& stream);
+  // The block around `pointer` as (first byte, size), once, if it was handed out again and not touched since.
+  std::optional<std::pair<char*, size_t>> take_unpoisoned(const void* pointer);
   void release_cached();
   Stats stats();
   void reset_peak_stats();
@@ -61,8 +65,8 @@ class DeviceMemory {
   void give_back_unused(size_t offset, size_t size);
   void reclaim_pending();
   void release_cached_blocks();
-  void recycle(const Block& block);
-  void enqueue_free(const Block& block);
+  void recycle(const Block& block, const std::vector<EventPtr>& ended);
+  uintptr_t address(size_t offset) const { return reinterpret_cast<uintptr_t>(guard_) + offset; }
   [[noreturn]] void throw_out_of_memory(size_t num_bytes);
 
   const int device_;
@@ -73,6 +77,7 @@ class DeviceMemory {
   std::map<int, std::multimap<size_t, size_t>> cached_;  // stream -> size -> offset
   std::map<size_t, Block> live_;                         // by offset
   std::vector<Pending> pending_;
+  std::map<size_t, size_t> unpoisoned_;  // offset -> size, of live blocks
   Stats stats_;
 };
 
@@ -81,5 +86,8 @@ DeviceMemory& device_memory(int device);
 std::optional<int> device_of(const void* pointer);
 // The bytes behind a device pointer; other pointers as they are.
 char* bytes_of(const void* pointer);
+// Has the operation fill recycled blocks with NaN before it is the first to touch them: in stream order, as its new
+// owner's first kernel writes them.
+void poison_first(Operation& operation);
 
 }  // namespace sim

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <utility>
 
+#include "memory.h"
+
 namespace sim {
 namespace {
 
@@ -98,6 +100,7 @@ void Runtime::enqueue(Stream& stream, Operation operation) {
   const NameId site = races_on_ && !operation.is_bookkeeping ? call_site() : 0;  // before the lock: it takes the GIL
   Lock lock;
   charge(stream, operation, site);
+  if (poison_) poison_first(operation);
   submit(stream, Item{Item::Kind::kRun, operation.name, std::move(operation.run), nullptr, operation.cost,
                       std::move(operation.accesses)});
 }
@@ -287,15 +290,20 @@ void Runtime::host_join(const HostMark& mark) {
   join_host(mark.clock, mark.moment);
 }
 
-void Runtime::forget_accesses(uintptr_t begin, uintptr_t end) {
-  Lock lock;
-  detector_.forget(begin, end);
-}
-
-void Runtime::mark_fresh(uintptr_t begin, uintptr_t end) {
+void Runtime::memory_freed(Stream& stream, uintptr_t begin, uintptr_t end, const std::vector<EventPtr>& ended) {
   if (!races_on_) return;
   Lock lock;
-  detector_.mark_fresh(begin, end);
+  VectorClock over = host().clock;
+  for (const EventPtr& event : ended) over.join(event->clock);
+  detector_.forget(begin, end, over);
+  detector_.free(begin, end, stream.component, stream.clock);
+}
+
+void Runtime::memory_allocated(Stream& stream, uintptr_t begin, uintptr_t end) {
+  if (!races_on_) return;
+  Lock lock;
+  stream.clock.join(host().clock);
+  detector_.allocate(begin, end, stream.component, stream.clock);
 }
 
 uint64_t Runtime::last_write(const Footprint& bytes) {
