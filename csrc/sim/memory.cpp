@@ -14,7 +14,6 @@ namespace {
 constexpr size_t kBlockBytes = 512;       // sizes are rounded up to it, as CUDA's allocator does
 constexpr size_t kAdviseBytes = 1 << 20;  // released blocks from this size on give their pages back
 constexpr size_t kInitialCapacity = 1 << 30;
-constexpr int kNanByte = 0xff;  // NaN in every floating point format, once repeated
 
 char* map_pages(size_t num_bytes, int protection) {
   void* pages = mmap(nullptr, num_bytes, protection, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -47,21 +46,6 @@ std::optional<int> device_of(const void* pointer) {
 char* bytes_of(const void* pointer) {
   const std::optional<int> device = device_of(pointer);
   return device ? device_memory(*device).bytes_of(pointer) : static_cast<char*>(const_cast<void*>(pointer));
-}
-
-void poison_first(Operation& operation) {
-  std::vector<std::pair<char*, size_t>> blocks;
-  for (const ByteRange& range : operation.accesses) {
-    const void* pointer = reinterpret_cast<void*>(range.bytes.begin);
-    const std::optional<int> device = range.bytes.is_empty() ? std::nullopt : device_of(pointer);
-    if (!device) continue;
-    if (auto block = device_memory(*device).take_unpoisoned(pointer)) blocks.push_back(*block);
-  }
-  if (blocks.empty()) return;
-  operation.run = [blocks = std::move(blocks), run = std::move(operation.run)] {
-    for (const auto& [bytes, size] : blocks) std::memset(bytes, kNanByte, size);
-    run();
-  };
 }
 
 DeviceMemory::DeviceMemory(int device, size_t capacity_bytes) : device_(device) { map(capacity_bytes); }
@@ -108,14 +92,16 @@ void* DeviceMemory::allocate(size_t num_bytes, int stream) {
   auto take = [&] {
     Runtime::Lock lock;
     reclaim_pending();
-    if (!take_cached(size, stream, offset) && !take_unused(size, offset)) return false;
+    const bool is_recycled = take_cached(size, stream, offset);
+    if (!is_recycled && !take_unused(size, offset)) return false;
     stats_.allocated_bytes[0].increase(size);
     stats_.active_bytes[0].increase(size);
     stats_.requested_bytes[0].increase(num_bytes);
     stats_.allocation[0].increase(1);
     live_[offset] = Block{offset, size, num_bytes, stream, {}};
     Runtime& runtime = Runtime::get();
-    runtime.memory_allocated(runtime.stream(device_, stream), address(offset), address(offset + size));
+    runtime.memory_allocated(runtime.stream(device_, stream), address(offset), address(offset + size),
+                             is_recycled ? backing_ + offset : nullptr);
     return true;
   };
   if (!take()) {
@@ -134,7 +120,6 @@ bool DeviceMemory::take_cached(size_t size, int stream, size_t& offset) {
   offset = found->second;
   cached.erase(found);
   if (found_size > size) cached.emplace(found_size - size, offset + size);
-  unpoisoned_[offset] = size;
   return true;
 }
 
@@ -172,10 +157,10 @@ void DeviceMemory::free(void* pointer) {
   if (found == live_.end()) return;
   Block block = std::move(found->second);
   live_.erase(found);
-  unpoisoned_.erase(block.offset);
   stats_.allocated_bytes[0].decrease(block.size);
   stats_.requested_bytes[0].decrease(block.requested);
   stats_.allocation[0].decrease(1);
+  Runtime::get().memory_let_go(address(block.offset));
   if (block.other_streams.empty()) return recycle(block, {});
   std::vector<EventPtr> uses;
   for (Stream* stream : block.other_streams) uses.push_back(Runtime::get().record(*stream));
@@ -184,8 +169,8 @@ void DeviceMemory::free(void* pointer) {
 
 void DeviceMemory::recycle(const Block& block, const std::vector<EventPtr>& ended) {
   Runtime& runtime = Runtime::get();
-  runtime.memory_freed(runtime.stream(device_, block.stream), address(block.offset), address(block.offset + block.size),
-                       ended);
+  runtime.memory_reusable(runtime.stream(device_, block.stream), address(block.offset),
+                          address(block.offset + block.size), ended);
   cached_[block.stream].emplace(block.size, block.offset);
   stats_.active_bytes[0].decrease(block.size);
 }
@@ -204,15 +189,6 @@ void DeviceMemory::record_use(const void* pointer, Stream& stream) {
   auto found = live_.find(offset(pointer));
   if (found != live_.end() && (stream.device != device_ || stream.id != found->second.stream))
     found->second.other_streams.insert(&stream);
-}
-
-std::optional<std::pair<char*, size_t>> DeviceMemory::take_unpoisoned(const void* pointer) {
-  auto after = unpoisoned_.upper_bound(offset(pointer));
-  if (after == unpoisoned_.begin()) return std::nullopt;
-  const auto [begin, size] = *std::prev(after);
-  if (offset(pointer) >= begin + size) return std::nullopt;
-  unpoisoned_.erase(begin);
-  return std::make_pair(backing_ + begin, size);
 }
 
 void DeviceMemory::release_cached() {

@@ -15,7 +15,6 @@
 #include <optional>
 #include <set>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "runtime.h"
@@ -40,8 +39,6 @@ class DeviceMemory {
   void* allocate(size_t num_bytes, int stream);  // throws c10::OutOfMemoryError
   void free(void* pointer);
   void record_use(const void* pointer, Stream& stream);
-  // The block around `pointer` as (first byte, size), once, if it was handed out again and not touched since.
-  std::optional<std::pair<char*, size_t>> take_unpoisoned(const void* pointer);
   void release_cached();
   Stats stats();
   void reset_peak_stats();
@@ -77,7 +74,6 @@ class DeviceMemory {
   std::map<int, std::multimap<size_t, size_t>> cached_;  // stream -> size -> offset
   std::map<size_t, Block> live_;                         // by offset
   std::vector<Pending> pending_;
-  std::map<size_t, size_t> unpoisoned_;  // offset -> size, of live blocks
   Stats stats_;
 };
 
@@ -86,8 +82,5 @@ DeviceMemory& device_memory(int device);
 std::optional<int> device_of(const void* pointer);
 // The bytes behind a device pointer; other pointers as they are.
 char* bytes_of(const void* pointer);
-// Has the operation fill recycled blocks with NaN before it is the first to touch them: in stream order, as its new
-// owner's first kernel writes them.
-void poison_first(Operation& operation);
 
 }  // namespace sim

@@ -5,8 +5,6 @@
 #include <algorithm>
 #include <utility>
 
-#include "memory.h"
-
 namespace sim {
 namespace {
 
@@ -288,22 +286,6 @@ HostMark Runtime::host_mark() {
 void Runtime::host_join(const HostMark& mark) {
   Lock lock;
   join_host(mark.clock, mark.moment);
-}
-
-void Runtime::memory_freed(Stream& stream, uintptr_t begin, uintptr_t end, const std::vector<EventPtr>& ended) {
-  if (!races_on_) return;
-  Lock lock;
-  VectorClock over = host().clock;
-  for (const EventPtr& event : ended) over.join(event->clock);
-  detector_.forget(begin, end, over);
-  detector_.free(begin, end, stream.component, stream.clock);
-}
-
-void Runtime::memory_allocated(Stream& stream, uintptr_t begin, uintptr_t end) {
-  if (!races_on_) return;
-  Lock lock;
-  stream.clock.join(host().clock);
-  detector_.allocate(begin, end, stream.component, stream.clock);
 }
 
 uint64_t Runtime::last_write(const Footprint& bytes) {
