@@ -70,6 +70,7 @@ void Runtime::configure(const Settings& settings) {
   races_on_ = settings.races;
   poison_ = settings.poison;
   detector_.clear();
+  recycled_.clear();
   schedule_.clear();
   num_operations_ = num_host_waits_ = 0;
   for (auto& stream : streams_) {
