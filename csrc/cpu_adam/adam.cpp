@@ -11,6 +11,7 @@
 
 #include "affinity.h"
 #include "formats.h"
+#include "padded_block.h"
 #include "scalars.h"
 #include "shares.h"
 #include "state.h"
@@ -34,8 +35,9 @@ namespace {
 using RangeFn = void (*)(const Buffers&, size_t begin, size_t end, const void* scalars);
 
 namespace scalar {
+#define OFFLOAD_LANE "lane_scalar.inl"
 #include "kernel.inl"
-#include "stream.inl"
+#undef OFFLOAD_LANE
 }  // namespace scalar
 
 #if defined(__x86_64__)
@@ -47,10 +49,9 @@ namespace scalar {
 #pragma GCC target("avx2,fma,f16c")
 #endif
 namespace avx2 {
-#define OFFLOAD_VECTOR_LANE "lane_avx2.inl"
+#define OFFLOAD_LANE "lane_avx2.inl"
 #include "kernel.inl"
-#include "stream.inl"
-#undef OFFLOAD_VECTOR_LANE
+#undef OFFLOAD_LANE
 }  // namespace avx2
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -66,10 +67,9 @@ namespace avx2 {
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
 #endif
 namespace avx512 {
-#define OFFLOAD_VECTOR_LANE "lane_avx512.inl"
+#define OFFLOAD_LANE "lane_avx512.inl"
 #include "kernel.inl"
-#include "stream.inl"
-#undef OFFLOAD_VECTOR_LANE
+#undef OFFLOAD_LANE
 }  // namespace avx512
 #if defined(__clang__)
 #pragma clang attribute pop

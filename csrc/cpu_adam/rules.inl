@@ -1,19 +1,18 @@
-// The update rules on one lane, the only place where their arithmetic is written. Included inside a namespace and a
-// target region per instruction set, because a template from outside may not use the instructions of the region.
+// The update rules, the only place where their arithmetic is written. Included by kernel.inl, so once per instruction
+// set: code from outside its target region may not use its instructions.
 //
-// A Lane names a vector type Vec and one IEEE-754 operation per function, each rounding once: add, sub, mul, div,
-// sqrt, fma, sign, and max (the second operand when equal, NaN when either is). The order of operations is that of
-// torch's fused CPU kernels where torch has one; docs/numerics.md has it as formulas.
+// Lane names a vector type Vec and one IEEE-754 operation per function, each rounding once: add, sub, mul, div, sqrt,
+// fma, sign, and max (the second operand when equal, NaN when either is). The order of operations is that of torch's
+// fused CPU kernels where torch has one; docs/numerics.md has it as formulas.
 //
 // A rule keeps a first moment (of any sign), a second one (never negative), both or neither, and says which. Where it
 // has none, what it is handed is not touched. Multiplying by 1 is exact, so an absent scale or decay needs no branch;
 // an absent L2 term does (0 * inf is NaN, and -0 + 0 is +0).
 
-template <class Lane>
 class Adam {
  public:
   using Scalars = AdamScalars;
-  using Vec = typename Lane::Vec;
+  using Vec = Lane::Vec;
   static constexpr bool kHasFirst = true, kHasSecond = true;
 
   explicit OFFLOAD_INLINE Adam(const Scalars& s)
@@ -48,11 +47,10 @@ class Adam {
   bool has_l2, lerp_from_grad;
 };
 
-template <class Lane>
 class Lion {
  public:
   using Scalars = LionScalars;
-  using Vec = typename Lane::Vec;
+  using Vec = Lane::Vec;
   static constexpr bool kHasFirst = true, kHasSecond = false;
 
   explicit OFFLOAD_INLINE Lion(const Scalars& s)
@@ -74,11 +72,10 @@ class Lion {
   Vec grad_multiplier, param_decay, one_minus_beta1, one_minus_beta2, neg_lr;
 };
 
-template <class Lane>
 class Adagrad {
  public:
   using Scalars = AdagradScalars;
-  using Vec = typename Lane::Vec;
+  using Vec = Lane::Vec;
   static constexpr bool kHasFirst = false, kHasSecond = true;
 
   explicit OFFLOAD_INLINE Adagrad(const Scalars& s)
@@ -101,11 +98,11 @@ class Adagrad {
 };
 
 // Without momentum there is no state but the master.
-template <class Lane, bool kMomentum>
+template <bool kMomentum>
 class SgdRule {
  public:
   using Scalars = SgdScalars;
-  using Vec = typename Lane::Vec;
+  using Vec = Lane::Vec;
   static constexpr bool kHasFirst = kMomentum, kHasSecond = false;
 
   explicit OFFLOAD_INLINE SgdRule(const Scalars& s)
@@ -133,7 +130,5 @@ class SgdRule {
   bool has_l2, is_first, nesterov;
 };
 
-template <class Lane>
-using Sgd = SgdRule<Lane, false>;
-template <class Lane>
-using SgdMomentum = SgdRule<Lane, true>;
+using Sgd = SgdRule<false>;
+using SgdMomentum = SgdRule<true>;
