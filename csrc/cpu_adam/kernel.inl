@@ -40,15 +40,14 @@ OFFLOAD_INLINE Elements Read(const Buffers& b, size_t i) {
     }
     e.param = Lane::FromBits(master);
   }
-  if (b.max_second != nullptr) e.max_second = Lane::Load(b.max_second + i);
+  if constexpr (Rule::kHasMaxSecond) e.max_second = Lane::Load(b.max_second + i);
   return e;
 }
 
 template <class Rule, StateFormat kState>
 OFFLOAD_INLINE Elements ReadAndStep(const Buffers& b, size_t i, const Rule& rule) {
   Elements e = Read<Rule, kState>(b, i);
-  Vec* const max_second = b.max_second != nullptr ? &e.max_second : nullptr;
-  rule.Step(e.param, e.first, e.second, max_second, LoadFloats(b.grad, b.grad_format, i));
+  rule.Step(e.param, e.first, e.second, e.max_second, LoadFloats(b.grad, b.grad_format, i));
   return e;
 }
 
@@ -82,9 +81,9 @@ OFFLOAD_INLINE void RoundMoment(void* moment, size_t i, Vec x, Vec y, Int random
   Lane::StorePair(static_cast<uint16_t*>(moment) + i, rounded_x, rounded_y, false);
 }
 
-// In formats other than int8.
 template <class Rule, StateFormat kState>
 OFFLOAD_INLINE void WriteMoments(const Buffers& b, size_t i, const Elements& x, const Elements& y) {
+  if constexpr (Rule::kHasMaxSecond) StoreVectors(b.max_second, i, x.max_second, y.max_second);
   if constexpr (kState == StateFormat::kBFloat16) {
     const Int random_x = RandomBits(b.rounding, i), random_y = RandomBits(b.rounding, i + Lane::kWidth);
     if constexpr (Rule::kHasFirst) RoundMoment<false>(b.first, i, x.first, y.first, random_x, random_y);
@@ -123,19 +122,33 @@ struct Moments {
   }
 };
 
+// Two vectors of the block that begins at `begin`; in int8 the moments are only put by.
+template <class Rule, StateFormat kState>
+OFFLOAD_INLINE void Write(const Buffers& b, size_t i, Elements& x, Elements& y, bool streaming, size_t begin,
+                          Moments& moments) {
+  WriteParam<Rule, kState>(b, i, x, y, streaming);
+  if constexpr (kState == StateFormat::kInt8) {
+    moments.Put(i - begin, x, y);
+  } else {
+    WriteMoments<Rule, kState>(b, i, x, y);
+  }
+}
+
+// Two vectors are written while the next two are computed: roots and divisions take long, and what waits for them would
+// leave the processor no room to look further ahead for other work.
 template <class Rule, StateFormat kState>
 OFFLOAD_INLINE void UpdateBlock(const Buffers& b, size_t begin, const Rule& rule, bool streaming) {
+  constexpr size_t kPair = 2 * Lane::kWidth;
   Moments moments;
-  for (size_t i = begin; i < begin + kStateBlock; i += 2 * Lane::kWidth) {
-    Elements x = ReadAndStep<Rule, kState>(b, i, rule), y = ReadAndStep<Rule, kState>(b, i + Lane::kWidth, rule);
-    WriteParam<Rule, kState>(b, i, x, y, streaming);
-    if constexpr (kState == StateFormat::kInt8) {
-      moments.Put(i - begin, x, y);
-    } else {
-      WriteMoments<Rule, kState>(b, i, x, y);
-    }
-    if (b.max_second != nullptr) StoreVectors(b.max_second, i, x.max_second, y.max_second);
+  Elements x = ReadAndStep<Rule, kState>(b, begin, rule), y = ReadAndStep<Rule, kState>(b, begin + Lane::kWidth, rule);
+  for (size_t i = begin + kPair; i < begin + kStateBlock; i += kPair) {
+    const Elements next_x = ReadAndStep<Rule, kState>(b, i, rule);
+    const Elements next_y = ReadAndStep<Rule, kState>(b, i + Lane::kWidth, rule);
+    Write<Rule, kState>(b, i - kPair, x, y, streaming, begin, moments);
+    x = next_x;
+    y = next_y;
   }
+  Write<Rule, kState>(b, begin + kStateBlock - kPair, x, y, streaming, begin, moments);
   if constexpr (kState == StateFormat::kInt8) moments.template Write<Rule>(b, begin);
 }
 
@@ -183,7 +196,7 @@ RangeFn SelectFormat(StateFormat state_format) {
 inline RangeFn Select(RuleKind rule, const Buffers& b) {
   switch (rule) {
     case RuleKind::kAdam:
-      return SelectFormat<Adam>(b.state_format);
+      return b.max_second == nullptr ? SelectFormat<Adam>(b.state_format) : SelectFormat<AdamAmsgrad>(b.state_format);
     case RuleKind::kLion:
       return SelectFormat<Lion>(b.state_format);
     case RuleKind::kAdagrad:
