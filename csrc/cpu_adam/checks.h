@@ -14,26 +14,6 @@ namespace offload {
 // Values of the C ABI. Anything but kFine leaves all memory as it was.
 enum class Refusal : int { kFine = 0, kUnknown = -1, kMissing = -2, kMisaligned = -3, kLength = -4 };
 
-inline size_t SizeOf(Format format) { return format == Format::kFloat32 ? 4 : format == Format::kNone ? 0 : 2; }
-
-struct MomentSizes {  // of an element of the master, the first and the second moment
-  size_t master, moment;
-};
-
-inline MomentSizes SizesOf(StateFormat format) {
-  switch (format) {
-    case StateFormat::kFloat32:
-      return {4, 4};
-    case StateFormat::kSplit16:
-      return {2, 4};
-    case StateFormat::kBFloat16:
-      return {2, 2};
-    case StateFormat::kInt8:
-      return {2, 1};
-  }
-  return {0, 0};
-}
-
 inline bool IsKnown(Format format, bool may_be_none) {
   return format == Format::kFloat32 || format == Format::kBFloat16 || format == Format::kFloat16 ||
          (may_be_none && format == Format::kNone);
@@ -54,23 +34,25 @@ inline bool HasMoments(RuleKind rule, const Buffers& buffers) {
 
 inline Refusal Check(RuleKind rule, const Buffers& buffers, size_t numel, const void* scalars, int num_threads,
                      size_t chunk_numel) {
-  const MomentSizes sizes = SizesOf(buffers.state_format);
-  if (rule < RuleKind::kAdam || rule > RuleKind::kSgd || sizes.master == 0) return Refusal::kUnknown;
+  if (rule < RuleKind::kAdam || rule > RuleKind::kSgd) return Refusal::kUnknown;
+  if (buffers.state_format < StateFormat::kFloat32 || buffers.state_format > StateFormat::kInt8)
+    return Refusal::kUnknown;
   const bool is_compact = buffers.state_format != StateFormat::kFloat32;
+  const size_t moment_size = SizeOfMoment(buffers.state_format);
   if (!IsKnown(buffers.grad_format, false) || !IsKnown(buffers.param_format, !is_compact)) return Refusal::kUnknown;
   if (is_compact && buffers.param_format != Format::kBFloat16) return Refusal::kUnknown;
 
   const bool has_param = buffers.param_format != Format::kNone;
   if (!buffers.master || !buffers.grad || !scalars || (has_param && !buffers.param) || !HasMoments(rule, buffers))
     return Refusal::kMissing;
-  if (!IsAligned(buffers.master, sizes.master) || !IsAligned(buffers.first, sizes.moment) ||
-      !IsAligned(buffers.second, sizes.moment) || !IsAligned(buffers.max_second, 4) ||
+  if (!IsAligned(buffers.master, is_compact ? 2 : 4) || !IsAligned(buffers.first, moment_size) ||
+      !IsAligned(buffers.second, moment_size) || !IsAligned(buffers.max_second, 4) ||
       !IsAligned(buffers.first_scale, 4) || !IsAligned(buffers.second_scale, 4) ||
       !IsAligned(buffers.grad, SizeOf(buffers.grad_format)) ||
       !IsAligned(buffers.param, SizeOf(buffers.param_format)) || !IsAligned(scalars, 4))
     return Refusal::kMisaligned;
 
-  const bool keeps_blocks = (rule == RuleKind::kAdam && !is_compact) || chunk_numel % kStateBlock == 0;
+  const bool keeps_blocks = buffers.state_format != StateFormat::kInt8 || chunk_numel % kStateBlock == 0;
   if (numel > std::numeric_limits<size_t>::max() / 8 || chunk_numel == 0 || num_threads < 1 || !keeps_blocks)
     return Refusal::kLength;
   return Refusal::kFine;

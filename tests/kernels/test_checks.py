@@ -47,14 +47,18 @@ def test_what_is_refused(change: dict[str, int | None], status: int) -> None:
         offset = change.get(name, 0)
         return None if offset is None else tensors[name].data_ptr() + offset
 
-    packed = native._pack(SCALARS)
-    returned = kernel._update(
-        change.get("isa", 0), change.get("rule", 0), change.get("state_format", 0),
-        address("master"), address("first"), address("second"), None, None, None,
-        address("grad"), change.get("grad_format", 0), address("param"), 0,
-        change.get("numel", NUMEL), ctypes.byref(packed) if "scalars" not in change else None, 0, 0, 0,
-        change.get("num_threads", 1), change.get("chunk_numel", 128),
-    )  # fmt: skip
+    work = native._Work(
+        isa=change.get("isa", 0),
+        rule=change.get("rule", 0),
+        state_format=change.get("state_format", 0),
+        grad_format=change.get("grad_format", 0),
+        param_format=0,
+        numel=change.get("numel", NUMEL),
+        chunk_numel=change.get("chunk_numel", 128),
+        **{name: address(name) for name in tensors},
+    )
+    scalars = None if "scalars" in change else SCALARS.packed
+    returned = kernel._update(ctypes.byref(work), scalars, 0, 0, change.get("num_threads", 1))
     assert returned == status
     unchanged = all(torch.equal(tensor, before[name]) for name, tensor in tensors.items())
     assert unchanged == (status != 0)

@@ -45,19 +45,30 @@ alignas(4) const float kScalars[10] = {0.5f, 0.25f, 0.5f, 0.25f, 0.5f, 0.5f, 0.5
 
 int Update(int isa, int rule, int state_format, size_t numel, int grad_format, int param_format, int num_threads,
            size_t chunk_numel) {
-  const auto sizes = offload::SizesOf(static_cast<StateFormat>(state_format));
+  const size_t moment = offload::SizeOfMoment(static_cast<StateFormat>(state_format));
   const size_t num_blocks = (numel + offload::kStateBlock - 1) / offload::kStateBlock;
   const bool is_int8 = state_format == 3, has_first = rule != 2, has_second = rule == 0 || rule == 2;
-  const Exact master(numel * sizes.master), first(numel * sizes.moment), second(numel * sizes.moment);
+  const Exact master(numel * (state_format == 0 ? 4 : 2)), first(numel * moment), second(numel * moment);
   const Exact max_second(numel * 4), first_scale(num_blocks * 4), second_scale(num_blocks * 4);
   const Exact grad(numel * offload::SizeOf(static_cast<Format>(grad_format)));
   const Exact param(numel * offload::SizeOf(static_cast<Format>(param_format)));
   const bool amsgrad = rule == 0 && state_format < 2;
-  return offload_update(isa, rule, state_format, master.as<void>(), has_first ? first.as<void>() : nullptr,
-                        has_second ? second.as<void>() : nullptr, amsgrad ? max_second.as<float>() : nullptr,
-                        is_int8 && has_first ? first_scale.as<float>() : nullptr,
-                        is_int8 && has_second ? second_scale.as<float>() : nullptr, grad.as<void>(), grad_format,
-                        param.as<void>(), param_format, numel, kScalars, 1, 2, 0xfffffff0u, num_threads, chunk_numel);
+  const OffloadWork work{isa,
+                         rule,
+                         state_format,
+                         grad_format,
+                         param_format,
+                         master.as<void>(),
+                         has_first ? first.as<void>() : nullptr,
+                         has_second ? second.as<void>() : nullptr,
+                         amsgrad ? max_second.as<float>() : nullptr,
+                         is_int8 && has_first ? first_scale.as<float>() : nullptr,
+                         is_int8 && has_second ? second_scale.as<float>() : nullptr,
+                         grad.as<void>(),
+                         param.as<void>(),
+                         numel,
+                         chunk_numel};
+  return offload_update(&work, kScalars, 1, 0xfffffff0u, num_threads);
 }
 
 void EveryKind() {
@@ -99,24 +110,14 @@ void AfterFork() {
 
 void Refusals() {
   alignas(64) static char memory[4096];
-  struct Arguments {
-    int isa = 0, rule = 0, state = 0;
-    void *master = memory, *first = memory + 512, *second = memory + 1024;
-    const void* grad = memory + 2048;
-    int grad_format = 0;
-    void* param = memory + 3072;
-    int param_format = 0;
-    size_t numel = 64;
+  struct Arguments : OffloadWork {
     const void* scalars = kScalars;
     int num_threads = 1;
-    size_t chunk_numel = 128;
-    int Call() const {
-      return offload_update(isa, rule, state, master, first, second, nullptr, nullptr, nullptr, grad, grad_format,
-                            param, param_format, numel, scalars, 0, 0, 0, num_threads, chunk_numel);
-    }
+    int Call() const { return offload_update(this, scalars, 0, 0, num_threads); }
   };
   auto expect = [](int wanted, const char* what, auto change) {
-    Arguments arguments;
+    Arguments arguments{{0, 0, 0, 0, 0, memory, memory + 512, memory + 1024, nullptr, nullptr, nullptr, memory + 2048,
+                         memory + 3072, 64, 128}};
     change(arguments);
     const int status = arguments.Call();
     Expect(status == wanted, what, status, wanted);
@@ -124,24 +125,27 @@ void Refusals() {
   expect(0, "what is fine", [](Arguments&) {});
   expect(-1, "an instruction set", [](Arguments& a) { a.isa = 9; });
   expect(-1, "a rule", [](Arguments& a) { a.rule = 4; });
-  expect(-1, "a state format", [](Arguments& a) { a.state = 4; });
+  expect(-1, "a state format", [](Arguments& a) { a.state_format = 4; });
   expect(-1, "a gradient's format", [](Arguments& a) { a.grad_format = 3; });
   expect(-1, "no gradient format", [](Arguments& a) { a.grad_format = -1; });
   expect(-1, "a parameter's format", [](Arguments& a) { a.param_format = 7; });
-  expect(-1, "a compact state with a float32 parameter", [](Arguments& a) { a.state = 1; });
+  expect(-1, "a compact state with a float32 parameter", [](Arguments& a) { a.state_format = 1; });
   expect(-2, "no master", [](Arguments& a) { a.master = nullptr; });
   expect(-2, "no first moment", [](Arguments& a) { a.first = nullptr; });
   expect(-2, "no second moment", [](Arguments& a) { a.second = nullptr; });
   expect(-2, "no gradient", [](Arguments& a) { a.grad = nullptr; });
   expect(-2, "no parameter", [](Arguments& a) { a.param = nullptr; });
   expect(-2, "no scalars", [](Arguments& a) { a.scalars = nullptr; });
-  expect(-2, "no scales", [](Arguments& a) { a.state = 3, a.param_format = 1; });
+  expect(-2, "no scales", [](Arguments& a) { a.state_format = 3, a.param_format = 1; });
   expect(-3, "a master between elements", [](Arguments& a) { a.master = memory + 2; });
   expect(-3, "a moment between elements", [](Arguments& a) { a.second = memory + 1025; });
   expect(-3, "a gradient between elements", [](Arguments& a) { a.grad = memory + 2049; });
   expect(-3, "a parameter between elements", [](Arguments& a) { a.param = memory + 3073, a.param_format = 1; });
   expect(-4, "no chunk", [](Arguments& a) { a.chunk_numel = 0; });
-  expect(-4, "chunks that cut blocks", [](Arguments& a) { a.rule = 1, a.chunk_numel = 100; });
+  expect(-4, "chunks that cut blocks", [](Arguments& a) {
+    a.state_format = 3, a.param_format = 1, a.chunk_numel = 100;
+    a.first_scale = a.second_scale = reinterpret_cast<float*>(memory + 1536);
+  });
   expect(-4, "no thread", [](Arguments& a) { a.num_threads = 0; });
   expect(-4, "more elements than memory can hold", [](Arguments& a) { a.numel = ~size_t{0} / 2; });
 }
