@@ -351,18 +351,22 @@ class OffloadedOptimizer(torch.optim.Optimizer):
 
         Raises:
             BudgetError: if the host budget does not hold the copies.
-            Exception: what failed in the snapshot before this, which is waited for.
         """
+        self.finish_snapshot()
         self.synchronize()
         self._refresh_masters()
-        if self._snapshot is not None:
-            self._snapshot.result()
         sources = {
             index: Source(actions.state, [flat(item.param) for item in actions.slices], partial(self._changed, actions))
             for index, actions in enumerate(self.runtime.actions)
         }
         self._snapshot = Snapshot(path, self.runtime.begin_copies(sources, copy_bytes))
         return self._snapshot
+
+    def finish_snapshot(self) -> None:
+        """Return when no checkpoint is being written any more. Raises what failed in it, unless that was heard of."""
+        snapshot, self._snapshot = self._snapshot, None
+        if snapshot is not None and not snapshot.is_heard:
+            snapshot.result()
 
     def _changed(self, actions: AdamSubgroup) -> str | None:
         params = [item.param for item in actions.slices]

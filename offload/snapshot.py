@@ -203,7 +203,7 @@ class Snapshot:
         self.copier = copier
         self.future: Future[None] = Future()
         self._path = path
-        self._is_heard = False
+        self.is_heard = False
 
     def done(self) -> bool:
         """Whether it is written, or failed."""
@@ -214,6 +214,13 @@ class Snapshot:
         if self.copier is not None:
             self.copier.wait()
 
+    def fail(self, error: BaseException, *, is_heard: bool = False) -> None:
+        """Copy no more and let updates go on; ``is_heard``: whoever saves gets ``error`` already."""
+        if self.copier is not None:
+            self.copier.give_up()
+        self.is_heard = is_heard
+        self.future.set_exception(error)
+
     def result(self, timeout: float | None = None) -> None:
         """Return when the checkpoint is whole and on the disk.
 
@@ -222,14 +229,14 @@ class Snapshot:
             TimeoutError: after ``timeout`` seconds.
         """
         error = self.future.exception(timeout)
-        self._is_heard = True
+        self.is_heard = True
         if error is not None:
             raise error
 
     def raise_unheard(self) -> None:
         """Raise RuntimeError, once, if it failed and nobody has asked for its result."""
-        if self.done() and not self._is_heard and (error := self.future.exception()) is not None:
-            self._is_heard = True
+        if self.done() and not self.is_heard and (error := self.future.exception()) is not None:
+            self.is_heard = True
             raise RuntimeError(
                 f"the checkpoint that was being written to {self._path} failed: {error}. This step changed nothing: "
                 f"call step() again to go on without it"

@@ -67,6 +67,7 @@ def save(
     """
     ranks = Ranks(group)
     if isinstance(optimizer, OffloadedOptimizer):
+        optimizer.finish_snapshot()
         optimizer.synchronize()
     if asynchronous and ranks.size > 1 and group is None:
         raise ValueError(
@@ -83,41 +84,57 @@ def save(
     own: list[Part] = []
     described = ranks.all(describe)
     job = _Job(ranks, Path(path), described[0][0], extra or {})
-    part = without(own[0], [each for _, each in described[: ranks.rank]])
-    if not asynchronous:
-        snapshot = Snapshot(str(path))
-        job.run(part, at_rest(part))
+    others = [description for _, description in described[: ranks.rank]]
+    begun: list[tuple[Snapshot, Part, Stream]] = []
+
+    def begin_own() -> None:
+        part = without(own[0], others)
+        if asynchronous:
+            begun.append(_begin_beside(job, optimizer, part, model, parse_bytes(copy_budget, "copy_budget")))
+        else:
+            begun.append((Snapshot(str(path)), part, at_rest(part)))
+
+    try:
+        ranks.all(begin_own)
+    except BaseException as error:
+        for snapshot, _, _ in begun:
+            snapshot.fail(error, is_heard=True)
+        raise
+    ((snapshot, part, stream),) = begun
+    if asynchronous:
+        _run_beside(job, part, stream, snapshot)
+    else:
+        job.run(part, stream)
         snapshot.future.set_result(None)
-        return snapshot
-    return _save_beside(job, optimizer, part, model, copy_budget)
+    return snapshot
 
 
-def _save_beside(
-    job: _Job, optimizer: torch.optim.Optimizer, part: Part, model: nn.Module | None, copy_budget: int | str | None
-) -> Snapshot:
+def _begin_beside(
+    job: _Job, optimizer: torch.optim.Optimizer, part: Part, model: nn.Module | None, copy_bytes: int | None
+) -> tuple[Snapshot, Part, Stream]:
+    """Start to copy, and return what is to be written from the copies."""
     if not isinstance(optimizer, OffloadedOptimizer):
         raise ValueError(f"asynchronous=True needs an optimizer of this package, not {type(optimizer).__name__}")
-    snapshot = optimizer.begin_snapshot(str(job.path), parse_bytes(copy_budget, "copy_budget"))
-    copier = snapshot.copier
-    assert copier is not None
+    snapshot = optimizer.begin_snapshot(str(job.path), copy_bytes)
+    assert snapshot.copier is not None
     try:
-        ordered, stream = in_motion(optimizer, part, model, name_params(optimizer, model)[0], copier)
-    except BaseException:
-        copier.give_up()
+        return snapshot, *in_motion(optimizer, part, model, name_params(optimizer, model)[0], snapshot.copier)
+    except BaseException as error:
+        snapshot.fail(error, is_heard=True)
         raise
 
+
+def _run_beside(job: _Job, part: Part, stream: Stream, snapshot: Snapshot) -> None:
     def run() -> None:
         try:
-            job.run(ordered, stream)
+            job.run(part, stream)
         except BaseException as error:  # noqa: BLE001 - raised by the snapshot's result, or by the next step
-            copier.give_up()
             logger.error("the checkpoint %s was not written: %s", job.path, error)
-            snapshot.future.set_exception(error)
+            snapshot.fail(error)
         else:
             snapshot.future.set_result(None)
 
     threading.Thread(target=run, name="offload-checkpoint").start()  # the interpreter waits for it to end
-    return snapshot
 
 
 @dataclass(frozen=True, slots=True)
