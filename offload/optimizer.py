@@ -63,7 +63,8 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         overlap: ``"next_forward"`` returns from :meth:`step` when the update has begun; whoever reads a parameter first
             waits for it (:mod:`offload.pending`). ``"none"`` returns when the next forward may be enqueued, and so does
             ``"backward"``, which brings gradients down while backward runs (:mod:`offload.early`).
-            ``"auto"`` is ``"next_forward"`` on an accelerator and ``"none"`` on the CPU, where nothing would be hidden.
+            ``"auto"`` is ``"none"`` on the CPU, where nothing would be hidden. On an accelerator it starts as
+            ``"next_forward"`` and, with ``plan="auto"``, follows what a whole step is predicted to take.
         on_nonfinite: what :meth:`step` does about NaN or infinity in a gradient: raise
             :class:`NonFiniteGradientError`, or skip the step and count it in ``num_skipped_steps``. State and
             parameters are untouched either way.
@@ -134,7 +135,8 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         if device.type == "cpu" and options.policy == "auto":
             options = replace(options, policy="host", rates=None)
         if options.overlap == "auto":
-            options = replace(options, overlap="none" if device.type == "cpu" else "next_forward")
+            hides = device.type != "cpu"
+            options = replace(options, overlap="next_forward" if hides else "none", chooses_overlap=hides)
         total_numel = sum(p.numel() for p in params if p.requires_grad)
         self._subgroup_numel = resolve_subgroup_numel(options.subgroup_numel, total_numel)
         self._runtime = Runtime(device, options)

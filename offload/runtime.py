@@ -16,8 +16,9 @@ from torch.utils.hooks import RemovableHandle
 
 from offload.accelerators import accelerator_for
 from offload.adam import AdamSubgroup, SliceUpdate
+from offload.beliefs import Measurement
 from offload.conductor import Conductor
-from offload.controller import Controller, Decision, Measurement
+from offload.controller import Controller, Decision
 from offload.early import EarlyTransfers, watch_gradients
 from offload.executor import run_update
 from offload.homes import Homes, first_plan, settle
@@ -50,6 +51,7 @@ class Options:
     num_slots: int | None
     rates: Rates | None = None  # believed until measured, with "auto"
     overlap: Overlap = "none"
+    chooses_overlap: bool = False  # starts with ``overlap``, and follows what whole steps are predicted to take
 
 
 def lanes_for(device: torch.device) -> Lanes:
@@ -111,9 +113,11 @@ class Runtime:
         self.controller: Controller | None = None  # chooses plans, with "auto"
         self.spans: list[Span] = []
         self.time_next_step = False
+        self.overlap = options.overlap  # in force
         self._plan = Plan(())
         self._chooses = options.policy == "auto"
         self._num_steps = 0
+        self._idle_since_s: float | None = None  # by the host's clock, after a step that was measured
         self._broken: BaseException | None = None
         self._copier: Copier | None = None  # of a snapshot that may not have copied everything yet
         with_gradients = options.overlap == "backward"
@@ -238,12 +242,17 @@ class Runtime:
         """What was measured and decided so far, oldest first."""
         return [] if self.controller is None else self.controller.decisions
 
-    def _observe(self, ran: Plan) -> None:
+    def _observe(self, ran: Plan, passes_s: float | None) -> None:
         """Let the controller choose the next plan, from the spans of the step that ran."""
         assert self.controller is not None
         work = work_of(self.spans, self.subgroups)
-        decision = self.controller.observe(Measurement(self._num_steps - 1, work, elapsed_s(self.spans)), ran)
-        if decision is None or decision.plan == self._plan:
+        seen = Measurement(self._num_steps - 1, work, elapsed_s(self.spans), passes_s)
+        decision = self.controller.observe(seen, ran)
+        if decision is None:
+            return
+        if self.options.chooses_overlap:
+            self.overlap = decision.overlap or self.overlap
+        if decision.plan == self._plan:
             return
         self._check_plan(decision.plan, self.subgroups, self.homes)
         self._plan = decision.plan
@@ -281,11 +290,12 @@ class Runtime:
         try:
             timed = (observed or self.time_next_step) and self.accelerator is not None
             timer = StepTimer(self.lanes, self.device) if timed else None
+            passes_s = self._passes_s(timer)
             self.time_next_step = False
             for index, subgroup_updates in updates.items():
                 self.actions[index].begin_step(subgroup_updates)
             begun = self._early.take(plan)
-            if self.options.overlap == "next_forward" and timer is None:
+            if self.overlap == "next_forward" and timer is None:
                 tensors = {index: list(_tensors_of(group)) for index, group in updates.items()}
                 self._conductor.start(
                     plan,
@@ -305,6 +315,8 @@ class Runtime:
                 timer.stop()
                 self.lanes.synchronize()
                 self.spans = timer.spans()
+                assert self.accelerator is not None
+                self._idle_since_s = self.accelerator.host_time_s()
         except BaseException as error:
             self.mark_broken(error)
             for index in updates:
@@ -312,7 +324,12 @@ class Runtime:
             raise
         self._num_steps += 1
         if observed:
-            self._observe(plan)
+            self._observe(plan, passes_s)
+
+    def _passes_s(self, timer: StepTimer | None) -> float | None:
+        """What forward and backward took since the last step, if nothing of an update ran beside them: both timed."""
+        since_s, self._idle_since_s = self._idle_since_s, None
+        return None if timer is None or since_s is None else timer.origin_s - since_s
 
     def begin_copies(self, sources: Mapping[int, Source], copy_bytes: int | None) -> Copier:
         """Copy subgroups beside the next steps, see [Note: copied before it is overwritten]. Nothing is in flight.

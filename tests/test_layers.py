@@ -36,7 +36,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
             {"subgroup", "module_waits", "monitor", "timeline"},
             {"testing", "pool", "policy", "executor", "adam"},
             {"conductor", "snapshot", "early", "homes", "ordering", "layout", "masters", "perf_model"},
-            {"bounds", "layer_costs"},
+            {"bounds", "layer_costs", "beliefs"},
             {"phases"},
             {"scheduling", "estimate", "calibration", "timing", "optimizer_state", "updates"},
             {"planner", "tracing", "overlaps"},
