@@ -11,6 +11,7 @@ from torch import Tensor
 from offload.accelerators import Accelerator
 from offload.kernels import PreparedUpdate, Rounding, Scalars, State, update
 from offload.kernels.codec import join_master
+from offload.lanes import Event
 from offload.ring import PinnedRing
 from offload.state_layout import ADAM_FP32, StateKind, StateLayout
 from offload.subgroup import Slot, Staging
@@ -106,6 +107,7 @@ class AdamSubgroup:
         self._updates: tuple[SliceUpdate, ...] = ()
         self._sources: tuple[Source, ...] = ()
         self._runs: tuple[_Run, ...] = ()
+        self.copied: Event | None = None  # of a snapshot, see [Note: copied before it is overwritten]
 
     def begin_step(self, updates: Sequence[SliceUpdate]) -> None:
         """Set what this step updates: the parameters that have a gradient, in order."""
@@ -138,7 +140,14 @@ class AdamSubgroup:
             for item, _, from_device in self._sources:
                 item.within(param).copy_(from_device, non_blocking=True)
 
+    def await_copy(self) -> None:
+        """Wait until a snapshot has copied state and parameters, which are overwritten next."""
+        if self.copied is not None:
+            self.copied.synchronize()
+            self.copied = None
+
     def update_cpu(self, staging: Staging) -> None:
+        self.await_copy()
         grad, param = self._typed(staging.grad), self._typed(staging.param)
         if self._accelerator is not None:
             self._accelerator.declare_host_work("cpu update", reads=(grad,), writes=(*self.state, param))
@@ -165,6 +174,7 @@ class AdamSubgroup:
                 self._ring.up(row, slot_row)
 
     def update_gpu(self, slot: Slot) -> None:
+        self.await_copy()
         self._update_on_device(self._in_slot(slot))
 
     def flush(self, slot: Slot) -> None:
@@ -175,6 +185,7 @@ class AdamSubgroup:
                 self._ring.down(slot_row, row)
 
     def update_resident(self) -> None:
+        self.await_copy()
         self._update_on_device(self.state)
 
     def _update_on_device(self, slab: Tensor) -> None:
