@@ -441,9 +441,9 @@ class Runtime:
         """Wait until nothing is in flight: parameters and states may be read and written by anyone afterwards."""
         self.finish()
         self._early.forget()  # states may be written now
+        if self._copier is not None:
+            self._copier.wait()
         try:
-            if self._copier is not None:
-                self._copier.wait()
             self.lanes.synchronize()
         except Exception as error:  # an error of the device surfaces wherever it is waited for
             self.mark_broken(error)

@@ -165,9 +165,10 @@ class HostLane:
             raise
 
 
-def start_worker(accelerator: Accelerator, started: list[threading.Thread]) -> None:
+def start_worker(accelerator: Accelerator, started: list[threading.Thread] | None = None) -> None:
     """What a thread that works for ``accelerator`` does first; it adds itself to ``started``."""
-    started.append(threading.current_thread())
+    if started is not None:
+        started.append(threading.current_thread())
     # A new thread's device is number 0: waiting for an event from there would open a context on it, in every rank.
     if accelerator.device.type != "cpu":
         torch.accelerator.set_device_index(accelerator.device)
