@@ -7,7 +7,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -32,6 +32,7 @@ from offload.perf_model import Prediction, Rates, predict
 from offload.plan import Placement, Plan
 from offload.policy import Overlap, Policy
 from offload.pool import BudgetError, Budgets, MemoryBill, Pool, format_bytes
+from offload.snapshot import DEFAULT_NUM_COPIES, Copier, Source
 from offload.state_layout import ADAM_FP32, StateKind, StateLayout
 from offload.subgroup import Subgroup
 from offload.timeline import Span, elapsed_s
@@ -118,6 +119,7 @@ class Runtime:
         self._num_steps = 0
         self._idle_since_s: float | None = None  # by the host's clock, after a step that was measured
         self._broken: BaseException | None = None
+        self._copier: Copier | None = None  # of a snapshot that may not have copied everything yet
         with_gradients = options.overlap == "backward"
         self._early = EarlyTransfers(self.lanes, self.pool, self.actions, with_gradients=with_gradients)
         self._hooks: list[RemovableHandle] = []
@@ -225,10 +227,16 @@ class Runtime:
             check_ordering([self._plan, plan, plan], subgroups, overlapped=overlapped)
 
     def _new_controller(self, subgroups: Sequence[Subgroup], homes: Homes) -> Controller | None:
-        """For "auto" on an accelerator. Parameters that join later start it anew, from the rates known by then."""
+        """For "auto" on an accelerator. Parameters that join later start it anew, from the rates known by then.
+
+        One subgroup alone is on one side or the other: no step measures both, so without rates there is no choice.
+        """
+        rates = self.rates or self.options.rates
         if self.options.policy != "auto" or self.accelerator is None or not homes.visitors:
             return None
-        return Controller(subgroups, homes, self.rates or self.options.rates, first_step=self._num_steps)
+        if rates is None and len(subgroups) - len(homes.residents) == 1:
+            return None
+        return Controller(subgroups, homes, rates, first_step=self._num_steps)
 
     @property
     def rates(self) -> Rates | None:
@@ -284,6 +292,7 @@ class Runtime:
         # A step that leaves subgroups out says little about one that does not.
         observed = self._chooses and not idle and self.controller is not None and self.controller.wants(self._num_steps)
         plan = self._plan.without(idle)
+        self._begin_step_beside_copies(updates, waits=observed or self.time_next_step)
         try:
             timed = (observed or self.time_next_step) and self.accelerator is not None
             timer = StepTimer(self.lanes, self.device) if timed else None
@@ -328,6 +337,43 @@ class Runtime:
         since_s, self._idle_since_s = self._idle_since_s, None
         return None if timer is None or since_s is None else timer.origin_s - since_s
 
+    def begin_copies(self, sources: Mapping[int, Source], copy_bytes: int | None) -> Copier:
+        """Copy subgroups beside the next steps, see [Note: copied before it is overwritten]. Nothing is in flight.
+
+        Args:
+            copy_bytes: how much may be copied and not yet written; None: :data:`DEFAULT_NUM_COPIES` subgroups.
+
+        Raises:
+            BudgetError: if that holds no subgroup, or the host budget not that.
+        """
+        each_bytes = Copier.buffer_bytes(sources)
+        if copy_bytes is not None and copy_bytes < each_bytes:
+            raise BudgetError(
+                f"copy_budget is {format_bytes(copy_bytes)} and one copy of the largest subgroup takes "
+                f"{format_bytes(each_bytes)}; raise it, or construct the optimizer with a lower subgroup_numel"
+            )
+        num_buffers = DEFAULT_NUM_COPIES if copy_bytes is None else copy_bytes // max(each_bytes, 1)
+        num_buffers = min(num_buffers, len(sources))
+        replace(self.bill, snapshot_bytes=num_buffers * each_bytes).check(self.options.budgets)
+        order = dict.fromkeys(op.subgroup for op in self._plan.ops)  # what is updated first is copied first
+        self._copier = Copier({i: sources[i] for i in order}, num_buffers, self.accelerator)
+        for index, event in self._copier.events.items():
+            self.actions[index].copied = event
+        return self._copier
+
+    def _begin_step_beside_copies(self, updates: Mapping[int, Sequence[SliceUpdate]], *, waits: bool) -> None:
+        """A parameter that the step leaves out does not become pending, so nothing else would keep it for its copy."""
+        if self._copier is None:
+            return
+        if waits or any(len(updates.get(i, ())) < len(each.slices) for i, each in enumerate(self.actions)):
+            self._copier.wait()
+        self._copier.begin_step()
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """Host memory that a snapshot holds now."""
+        return 0 if self._copier is None else self._copier.held_bytes
+
     def _gradient_arrived(self, index: int) -> None:
         """In backward, in a thread of autograd's."""
         will_be_timed = self.time_next_step or (self.controller is not None and self.controller.wants(self._num_steps))
@@ -348,6 +394,8 @@ class Runtime:
         """Wait until nothing is in flight: parameters and states may be read and written by anyone afterwards."""
         self.finish()
         self._early.forget()  # states may be written now
+        if self._copier is not None:
+            self._copier.wait()
         self.lanes.synchronize()
 
     def check_usable(self) -> None:

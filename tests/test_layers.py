@@ -35,7 +35,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
             },
             {"subgroup", "module_waits", "monitor", "timeline"},
             {"testing", "pool", "policy", "executor", "adam"},
-            {"conductor", "early", "homes", "ordering", "layout", "masters", "perf_model"},
+            {"conductor", "snapshot", "early", "homes", "ordering", "layout", "masters", "perf_model"},
             {"bounds", "layer_costs", "beliefs"},
             {"phases"},
             {"scheduling", "estimate", "calibration", "timing", "optimizer_state", "updates"},
