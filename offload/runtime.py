@@ -254,7 +254,10 @@ class Runtime:
     # ---- steps
 
     def step(
-        self, updates: Mapping[int, Sequence[SliceUpdate]], settled: Callable[[int], None] = lambda index: None
+        self,
+        updates: Mapping[int, Sequence[SliceUpdate]],
+        settled: Callable[[int], None] = lambda index: None,
+        pending: Mapping[int, Iterable[Tensor]] | None = None,
     ) -> None:
         """Run one step over the parameters in ``updates`` (by subgroup; a subgroup that is missing is left alone).
 
@@ -265,6 +268,8 @@ class Runtime:
 
         Args:
             settled: called with the index of each subgroup once its parameters and gradients may be used.
+            pending: by subgroup, what is pending in the place of its parameters and gradients: for a caller whose
+                tensors share memory with them. One may wait for several subgroups.
 
         Raises:
             RuntimeError: if an earlier step failed half way.
@@ -283,14 +288,15 @@ class Runtime:
                 self.actions[index].begin_step(subgroup_updates)
             begun = self._early.take(plan)
             if self.options.overlap == "next_forward" and timer is None:
-                tensors = {index: list(_tensors_of(group)) for index, group in updates.items()}
+                if pending is None:
+                    pending = {index: list(_tensors_of(group)) for index, group in updates.items()}
                 self._conductor.start(
                     plan,
                     self.subgroups,
                     self.pool.slots,
                     self.pool.stagings,
                     self.lanes,
-                    tensors,
+                    pending,
                     partial(_settle, self.actions, settled),
                     begun=begun,
                 )
@@ -317,6 +323,11 @@ class Runtime:
         if self._broken is None and not will_be_timed:
             self._conductor.finish()
             self._early.arrived(self.subgroups[index], self._plan, self.subgroups)
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether an overlapped step was begun and not finished."""
+        return self._conductor.in_flight
 
     def finish(self) -> None:
         """Settle what an overlapped step left pending, on the current stream, and return when it is all enqueued."""

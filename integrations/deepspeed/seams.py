@@ -77,6 +77,7 @@ STAGE3_SEAMS = (
     Seam(STAGE3, f"{_Z3}._optimizer_step", ("sub_group_id",), "replaced: the update"),
     Seam(STAGE3, f"{_Z3}._reassign_or_swap_out_partitioned_parameters", ("sub_group_id",), "replaced: done by then"),
     Seam(STAGE3, f"{_Z3}._release_sub_group", ("sub_group_id", "timer_names"), "replaced: nothing to release"),
+    Seam(STAGE3, f"{_Z3}._post_step", ("timer_names",), "extended: gathers no parameter whose update is in flight"),
     Seam(STAGE3, f"{_Z3}._get_fp32_opt_state_partition", ("param",), "extended: waits for the states"),
     Seam(STAGE3, f"{_Z3}._restore_from_bit16_weights", (), "extended: waits for the states"),
     Seam(STAGE3, f"{_Z3}.state_dict", (), "extended: waits for the states"),
@@ -94,11 +95,11 @@ STAGE12_SEAMS = (
 )
 # Attributes of the optimizers, once constructed.
 STAGE3_ATTRIBUTES = (
-    "averaged_gradients", "clip_grad", "fp16_partitioned_groups_flat", "fp32_partitioned_groups_flat",
-    "grad_partitions_flat_buffer", "loss_scale", "optimizer", "sub_group_to_group_id",
+    "averaged_gradients", "clip_grad", "fp16_groups", "fp16_partitioned_groups_flat", "fp32_partitioned_groups_flat",
+    "grad_partitions_flat_buffer", "loss_scale", "optimizer", "persistent_parameters", "sub_group_to_group_id",
 )  # fmt: skip
 STAGE12_ATTRIBUTES = (
-    "averaged_gradients", "bit16_groups", "clip_grad", "device", "dp_process_group", "loss_scale", "optimizer",
+    "averaged_gradients", "bit16_groups", "bit16_groups_flat", "clip_grad", "device", "dp_process_group", "loss_scale", "optimizer",
     "parallel_partitioned_bit16_groups", "real_dp_process_group", "single_partition_of_fp32_groups",
     "_hp_optimizer_states_linked",
 )  # fmt: skip

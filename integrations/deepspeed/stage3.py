@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import seams
 from .config import Settings
+from .partition import Alias
 from .update import ShardUpdate
 
 
@@ -35,6 +36,7 @@ class OffloadedStage3(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[misc]  # D
             [self.sub_group_to_group_id[i] for i in range(len(self.fp16_partitioned_groups_flat))],
             self.settings.options(),
         )
+        self._aliases: dict[int, list[Alias]] = {}
         self.fp32_partitioned_groups_flat.extend(self.offloaded.masters)
         for group in self.optimizer.param_groups:
             group["params"] = []  # filled while DeepSpeed saves and loads
@@ -45,22 +47,44 @@ class OffloadedStage3(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[misc]  # D
     # ---- the step, sub-group by sub-group
 
     def _prepare_sub_group(self, sub_group_id: int, timer_names: set[str]) -> None:
+        flat = self.fp16_partitioned_groups_flat[sub_group_id]
+        partitions = [param.ds_tensor for param in self.fp16_groups[sub_group_id]]
+        readers = [flat, *partitions, *self.averaged_gradients[sub_group_id]]
+        self._aliases[sub_group_id] = [Alias(tensor, 0, flat.numel()) for tensor in readers]
         self.averaged_gradients[sub_group_id] = None  # it stays in the flat buffer
 
     def unscale_and_clip_grads(self, sub_group_id: int, total_norm: Tensor) -> None:
         self.offloaded.set_grad_scale(total_norm, self.loss_scale, self.clip_grad)
 
     def _optimizer_step(self, sub_group_id: int) -> None:
-        """The last sub-group's turn is everyone's: the plan orders the updates."""
+        """The last sub-group's turn is everyone's: the plan orders the updates.
+
+        From here on whoever reads a partition of a parameter (its gathering in the next forward, for one) or writes a
+        gradient waits for its sub-group.
+        """
         if sub_group_id == len(self.fp16_partitioned_groups_flat) - 1:
             sizes = [flat.numel() for flat in self.fp16_partitioned_groups_flat]
-            self.offloaded.step(self.grad_partitions_flat_buffer.split(sizes))
+            self.offloaded.step(self.grad_partitions_flat_buffer.split(sizes), list(self._aliases.values()))
+            self._aliases.clear()
 
     def _reassign_or_swap_out_partitioned_parameters(self, sub_group_id: int) -> None:
         """The update has written the parameters."""
 
     def _release_sub_group(self, sub_group_id: int, timer_names: set[str]) -> None:
         """Nothing was taken."""
+
+    def _post_step(self, timer_names: set[str]) -> None:
+        """DeepSpeed's, but parameters that it keeps gathered are left to the modules that read them next.
+
+        They are in nearly every sub-group, so that gathering them here would wait for nearly all of the update.
+        """
+        persistent = self.persistent_parameters
+        if self.offloaded.in_flight:
+            self.persistent_parameters = []
+        try:
+            super()._post_step(timer_names)
+        finally:
+            self.persistent_parameters = persistent
 
     # ---- whoever reads or writes states waits for those in flight
 
