@@ -111,14 +111,15 @@ class FlatPartition:
 
     @torch.no_grad()
     def step(
-        self, grads: Sequence[Tensor], scalars: Sequence[AdamScalars], aliases: Sequence[Iterable[Alias]] | None = None
+        self, grads: Sequence[Tensor], scalars: Sequence[AdamScalars], aliases: Sequence[Iterable[Alias]] = ()
     ) -> None:
         """Update every flat tensor from its gradient, with its group's scalars.
 
         Args:
             grads: per flat tensor, of its shape, dtype and device.
             aliases: per flat tensor, the tensors that it and its gradient are read and written through. With overlap
-                "next_forward" this returns when the update has begun, and they are pending (:mod:`offload.pending`).
+                "next_forward" this returns when the update has begun, and they are pending (:mod:`offload.pending`):
+                what is read through others has to wait for ``runtime.finish()``.
 
         Otherwise returns when the parameters may be read on the current stream; states may still be on their way.
         """
@@ -130,11 +131,11 @@ class FlatPartition:
                     SliceUpdate(piece, grad.narrow(0, begin, piece.numel), flat(piece.param), group_scalars)
                 ]
                 begin += piece.numel
-        self.runtime.step(updates, pending=None if aliases is None else self._by_subgroup(aliases))
+        self.runtime.step(updates, pending=self._by_subgroup(aliases))
 
     def _by_subgroup(self, aliases: Sequence[Iterable[Alias]]) -> dict[int, list[Tensor]]:
         found: dict[int, list[Tensor]] = {}
-        for slices, group in zip(self._slices, aliases, strict=True):
+        for slices, group in zip(self._slices, aliases, strict=False):
             ends = list(itertools.accumulate(piece.numel for _, piece in slices))
             for alias in group:
                 # From the piece that holds its first element to the one that holds its last.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -90,13 +90,13 @@ class ShardUpdate:
         """Whether all gradients were put since the last step."""
         return len(self._grads) == len(self._group_of)
 
-    def step_put_grads(self, aliases: Sequence[Iterable[Alias]] | None = None) -> None:
+    def step_put_grads(self, aliases: Sequence[Iterable[Alias]] = ()) -> None:
         """:meth:`step` with the gradients put since the last."""
         grads = [self._grads[i] for i in range(len(self._group_of))]
         self._grads.clear()
         self.step(grads, aliases)
 
-    def step(self, grads: Sequence[Tensor], aliases: Sequence[Iterable[Alias]] | None = None) -> None:
+    def step(self, grads: Sequence[Tensor], aliases: Sequence[Iterable[Alias]] = ()) -> None:
         """Update all flat parameters. See :meth:`FlatPartition.step`."""
         self.partition.runtime.check_usable()
         scalars = [
@@ -137,7 +137,7 @@ class PendingStates:
     """
 
     def __init__(self, offloaded: ShardUpdate, tensors: Sequence[Tensor]) -> None:
-        self._offloaded = weakref.WeakMethod(offloaded.synchronize)
+        self._offloaded = weakref.ref(offloaded)
         self._tensors = tensors
         weakref.finalize(self, _make_plain, tensors).atexit = False
 
@@ -148,9 +148,9 @@ class PendingStates:
             make_pending(tensor, wait)
 
 
-def _wait_then_make_plain(synchronize: weakref.WeakMethod[Callable[[], None]], tensors: Sequence[Tensor]) -> None:
-    if (wait := synchronize()) is not None:
-        wait()
+def _wait_then_make_plain(reference: weakref.ref[ShardUpdate], tensors: Sequence[Tensor]) -> None:
+    if (offloaded := reference()) is not None:
+        offloaded.synchronize()
     _make_plain(tensors)
 
 

@@ -18,6 +18,7 @@ each configuration is appended to the file ``OFFLOAD_LOG``.
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import subprocess
@@ -25,12 +26,13 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+INSTALLED = "tests.integrations.deepspeed_installed"
 
 
 def pytest_configure(config: object) -> None:
-    """As a plugin of pytest: the ranks import this module before they run a test."""
-    if os.environ.get("OFFLOAD_ZERO", "asked") != "none":
-        multiprocessing.set_forkserver_preload(["tests.integrations.deepspeed_installed"])
+    """As a plugin of pytest: its process and the ranks import that module before they run a test."""
+    multiprocessing.set_forkserver_preload([INSTALLED])
+    importlib.import_module(INSTALLED)
 
 
 def main() -> int:
