@@ -172,7 +172,7 @@ class Runtime:
         self.controller = controller
         self.actions += added_actions
         if options.overlap != "none":
-            arrived = weakref.WeakMethod(self._gradient_arrived)
+            arrived = weakref.WeakMethod(self._accumulated)
             for subgroup, actions in zip(added, added_actions, strict=True):
                 self._hooks += watch_gradients(subgroup.index, [item.param for item in actions.slices], arrived)
         return added_actions
@@ -317,12 +317,24 @@ class Runtime:
         if observed:
             self._observe(plan)
 
-    def _gradient_arrived(self, index: int) -> None:
-        """In backward, in a thread of autograd's."""
+    def _accumulated(self, index: int) -> None:
+        """By autograd, in one of its threads."""
+        self.gradient_arrived(index, in_autograd=True)
+
+    def gradient_arrived(self, index: int, *, in_autograd: bool = False) -> None:
+        """A gradient of subgroup ``index`` was accumulated: begin what of the next update may begin during backward.
+
+        For parameters that autograd accumulates into this is called by itself. Others call it on the stream that wrote
+        the gradient, and :meth:`before_gradient` before they write to it.
+        """
         will_be_timed = self.time_next_step or (self.controller is not None and self.controller.wants(self._num_steps))
         if self._broken is None and not will_be_timed:
             self._conductor.finish()
-            self._early.arrived(self.subgroups[index], self._plan, self.subgroups)
+            self._early.arrived(self.subgroups[index], self._plan, self.subgroups, in_autograd=in_autograd)
+
+    def before_gradient(self, index: int) -> None:
+        """Let what the current stream writes to the gradient of subgroup ``index`` come after an early copy of it."""
+        self._early.await_copy(self.subgroups[index])
 
     @property
     def in_flight(self) -> bool:

@@ -68,6 +68,13 @@ class OffloadedStage12(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSpe
             )
         ]
 
+    # ---- backward: states come up while it runs
+
+    def reduce_ready_partitions_and_remove_grads(self, param: Tensor, i: int) -> None:
+        """DeepSpeed's, once a parameter's gradient is there. This rank's flat gradients are made in the step only."""
+        super().reduce_ready_partitions_and_remove_grads(param, i)
+        self.offloaded.gradient_arrived(0)
+
     # ---- the step
 
     def step(self, closure: Any = None) -> None:
@@ -128,7 +135,7 @@ class OffloadedStage12(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSpe
     # ---- states in flight, and loading
 
     def _readers_of_states(self) -> list[Tensor]:
-        """What our states are read and written through: masters, moments, and the fragments that parameters refer to."""
+        """What our states are read through: masters, moments, and the fragments of them that parameters refer to."""
         found = list(self.offloaded.state_tensors())
         for param in itertools.chain.from_iterable(self.bit16_groups):
             if (fragments := param._hp_mapping) is not None:

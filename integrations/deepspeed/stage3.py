@@ -26,6 +26,9 @@ class OffloadedStage3(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[misc]  # D
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         seams.check_attributes(self, seams.STAGE3_ATTRIBUTES)
+        flats = self.fp16_partitioned_groups_flat
+        for flat, grad in zip(flats, self.grad_partitions_flat_buffer.split([f.numel() for f in flats]), strict=True):
+            flat.grad = grad.data  # with a version counter of its own: that of a view counts writes to all sub-groups
 
     # ---- construction: DeepSpeed's constructor calls these two
 
@@ -43,6 +46,37 @@ class OffloadedStage3(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[misc]  # D
 
     def initialize_optimizer_states(self) -> None:
         """They are there since :meth:`_create_fp32_partitions`."""
+
+    # ---- backward: gradients go down and states come up while it runs
+
+    def partition_grads(self, params_to_release: list[Tensor], grad_partitions: list[Tensor]) -> Any:
+        """DeepSpeed's, which writes reduced gradients, on its own stream."""
+        sub_groups = [self._sub_group_of(param) for param in params_to_release]
+        for sub_group in set(sub_groups):
+            self._before_gradient(sub_group)
+        buffers = super().partition_grads(params_to_release, grad_partitions)
+        for sub_group in sub_groups:
+            self.offloaded.gradient_arrived(sub_group)
+        return buffers
+
+    def _sub_group_of(self, param: Tensor) -> int:
+        return int(self.grad_position[self.get_param_id(param)][0])
+
+    def _before_gradient(self, sub_group: int) -> None:
+        """A gradient may change: its copy, if it has begun, is done first, and then counts no more."""
+        self.offloaded.before_gradient(sub_group)
+        torch.autograd.graph.increment_version(self.fp16_partitioned_groups_flat[sub_group].grad)
+
+    def _get_fp32_grad_state_partition(self, param: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """DeepSpeed's, through which gradients are read and set (``safe_set_full_grad``)."""
+        self._before_gradient(self._sub_group_of(param))
+        return super()._get_fp32_grad_state_partition(param, *args, **kwargs)
+
+    def update_fp32_grad_for_param_vectorized(self, update_func: Any, param_list: list[Tensor]) -> None:
+        """DeepSpeed's, of its newer versions, which sets gradients by itself."""
+        for sub_group in {self._sub_group_of(param) for param in param_list if param.requires_grad}:
+            self._before_gradient(sub_group)
+        super().update_fp32_grad_for_param_vectorized(update_func, param_list)
 
     # ---- the step, sub-group by sub-group
 
@@ -63,8 +97,8 @@ class OffloadedStage3(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[misc]  # D
         gradient waits for its sub-group.
         """
         if sub_group_id == len(self.fp16_partitioned_groups_flat) - 1:
-            sizes = [flat.numel() for flat in self.fp16_partitioned_groups_flat]
-            self.offloaded.step(self.grad_partitions_flat_buffer.split(sizes), list(self._aliases.values()))
+            grads = [flat.grad for flat in self.fp16_partitioned_groups_flat]
+            self.offloaded.step(grads, list(self._aliases.values()))
             self._aliases.clear()
 
     def _reassign_or_swap_out_partitioned_parameters(self, sub_group_id: int) -> None:

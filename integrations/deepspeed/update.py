@@ -111,6 +111,14 @@ class ShardUpdate:
         self._scaled_by = None
         self.partition.step(grads, scalars, aliases)
 
+    def gradient_arrived(self, subgroup: int) -> None:
+        """See :meth:`offload.runtime.Runtime.gradient_arrived`."""
+        self.partition.runtime.gradient_arrived(subgroup)
+
+    def before_gradient(self, subgroup: int) -> None:
+        """See :meth:`offload.runtime.Runtime.before_gradient`."""
+        self.partition.runtime.before_gradient(subgroup)
+
     @property
     def in_flight(self) -> bool:
         """Whether an update was begun whose parameters are still pending."""

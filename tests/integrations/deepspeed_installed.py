@@ -1,4 +1,4 @@
-"""Imported by the ranks of deepspeed_own_tests.py: DeepSpeed with the plugin installed, and our block in configurations."""
+"""Imported by the ranks of deepspeed_own_tests.py: DeepSpeed with the plugin installed, and configurations with it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DeepSpeed's own unit tests with the plugin installed. Give it a DeepSpeed source tree, and what pytest is to run in it.
+"""DeepSpeed's own unit tests with the plugin installed: give it a source tree of DeepSpeed, and pytest's arguments.
 
 ::
 
@@ -12,8 +12,8 @@ The tests start their ranks with multiprocessing's fork server, which imports ``
 - ``all``: every ZeRO configuration, as if it did;
 - ``none``: no configuration, and nothing is installed.
 
-Configurations that the plugin refuses are left to DeepSpeed. ``OFFLOAD_BLOCK`` is the block, as JSON; what was done with
-each configuration is appended to the file ``OFFLOAD_LOG``.
+Configurations that the plugin refuses are left to DeepSpeed. ``OFFLOAD_BLOCK`` is the block, as JSON; what was done
+with each configuration is appended to the file ``OFFLOAD_LOG``.
 """
 
 from __future__ import annotations

@@ -86,9 +86,7 @@ def orders() -> list[Any]:
 
 
 @pytest.mark.parametrize(("stage", "executor", "overlap"), orders())
-def test_every_order_gives_the_same_bits_and_no_race(
-    ds: ModuleType, stage: int, executor: str, overlap: str
-) -> None:
+def test_every_order_gives_the_same_bits_and_no_race(ds: ModuleType, stage: int, executor: str, overlap: str) -> None:
     bits = expected(stage)
     ds.configure(executor, seed=stage)
     assert_same_bits(trained(ours(config(stage), update_stride=2, overlap=overlap)), bits)

@@ -141,7 +141,8 @@ def test_a_reader_that_does_not_wait_is_reported(
     def without(self: FlatPartition, aliases: Any) -> Any:
         read = {id(tensor) for tensor in readers(engine)}
         are_read = kept == "parameters"
-        return by_subgroup(self, [[alias for alias in group if (id(alias[0]) in read) != are_read] for group in aliases])
+        left = [[alias for alias in group if (id(alias.tensor) in read) != are_read] for group in aliases]
+        return by_subgroup(self, left)
 
     ds.configure("lazy")
     engine = engine_of(ours(config(stage), plan="device"))
@@ -151,7 +152,7 @@ def test_a_reader_that_does_not_wait_is_reported(
     for micro_step in (1, 2):
         engine.backward(engine(tokens_of(micro_step)))
         engine.step()
-        if kept == "gradients":  # a forward pass waits for whatever gets a gradient: what is left is who sets one himself
+        if kept == "gradients":  # forward waits for all that gets a gradient: left is who sets one by himself
             for param in engine.module.parameters():
                 safe_set_full_grad(param, torch.ones(param.ds_shape, device="sim"))
     assert ds.races()
