@@ -134,18 +134,26 @@ def split_config(config: object) -> SplitConfig:
         return SplitConfig(None, loaded)
     zero = loaded.get("zero_optimization") or {}
     _check_conflicts(loaded, zero)
-    settings = _settings(block, zero.pop("offload_optimizer"), zero["stage"])
+    settings = _settings(block, zero.pop("offload_optimizer"), zero)
     _name_optimizer(loaded)
     return SplitConfig(settings, loaded)
 
 
-def _settings(block: object, offload_optimizer: Mapping[str, Any], stage: int) -> Settings:
+def _settings(block: object, offload_optimizer: Mapping[str, Any], zero: Mapping[str, Any]) -> Settings:
+    stage = zero["stage"]
     if not isinstance(block, Mapping):
         raise ConfigError(f"{BLOCK} must be a block of keys, {{}} for the defaults, not {block!r}")
     known = {field.name for field in fields(Settings)}
     if unknown := sorted(set(block) - known):
         raise ConfigError(f"{BLOCK} does not know {', '.join(unknown)}; known are {', '.join(sorted(known))}")
     values = {**_translated(offload_optimizer, block), **block}
+    if zero.get("zero_quantized_weights"):
+        values.setdefault("overlap", "none")
+        if values["overlap"] in ("auto", "next_forward"):
+            raise ConfigError(
+                f"{BLOCK}.overlap={values['overlap']!r} cannot be with zero_quantized_weights, which hands parameters to "
+                f'an extension that does not wait for an update in flight; set overlap to "none", or leave it out'
+            )
     settings = Settings(**values)
     if settings.resident_fraction and stage < 3:
         raise ConfigError(

@@ -22,6 +22,7 @@ class OffloadedStage3(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[misc]  # D
     """
 
     settings: ClassVar[Settings]
+    persistent_parameters: list[Tensor]  # DeepSpeed's
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
