@@ -151,8 +151,8 @@ def _settings(block: object, offload_optimizer: Mapping[str, Any], zero: Mapping
         values.setdefault("overlap", "none")
         if values["overlap"] in ("auto", "next_forward"):
             raise ConfigError(
-                f"{BLOCK}.overlap={values['overlap']!r} cannot be with zero_quantized_weights, which hands parameters to "
-                f'an extension that does not wait for an update in flight; set overlap to "none", or leave it out'
+                f"{BLOCK}.overlap={values['overlap']!r} cannot be with zero_quantized_weights, which hands parameters "
+                f'to an extension that does not wait for an update in flight; set overlap to "none", or leave it out'
             )
     settings = Settings(**values)
     if settings.resident_fraction and stage < 3:
