@@ -138,6 +138,8 @@ class FlatPartition:
         for slices, group in zip(self._slices, aliases, strict=False):
             ends = list(itertools.accumulate(piece.numel for _, piece in slices))
             for alias in group:
+                if alias.begin == alias.end:
+                    continue
                 # From the piece that holds its first element to the one that holds its last.
                 for i in range(bisect_right(ends, alias.begin), bisect_left(ends, alias.end) + 1):
                     found.setdefault(slices[i][0], []).append(alias.tensor)

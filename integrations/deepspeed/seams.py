@@ -74,6 +74,7 @@ STAGE3_SEAMS = (
     Seam(STAGE3, f"{_Z3}.initialize_optimizer_states", (), "replaced: our states are the optimizer's"),
     Seam(STAGE3, f"{_Z3}.partition_grads", ("params_to_release", "grad_partitions"), "extended: early copies"),
     Seam(STAGE3, f"{_Z3}._get_fp32_grad_state_partition", ("param",), "extended: a gradient may be set"),
+    Seam(STAGE3, f"{_Z3}.update_fp32_grad_for_param_vectorized", ("update_func", "param_list"), "extended: likewise"),
     Seam(STAGE3, f"{_Z3}.get_param_id", ("param",), "called"),
     Seam(STAGE3, f"{_Z3}._prepare_sub_group", ("sub_group_id", "timer_names"), "replaced: no fp32 gradient"),
     Seam(STAGE3, f"{_Z3}.unscale_and_clip_grads", ("sub_group_id", "total_norm"), "replaced: a factor of the update"),

@@ -127,9 +127,11 @@ class OffloadedStage12(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSpe
         """What a lone rank's parameters are read and written through: themselves, and DeepSpeed's flat tensors."""
         found = []
         for params, whole, own in zip(self.bit16_groups, self.bit16_groups_flat, self._own_partitions(), strict=True):
-            begins = itertools.accumulate((param.numel() for param in params), initial=0)
-            aliases = [Alias(param, begin, begin + param.numel()) for param, begin in zip(params, begins, strict=False)]
-            found.append([*aliases, *(Alias(flat, 0, own.numel()) for flat in (whole, own))])
+            aliases = [Alias(flat, 0, own.numel()) for flat in (whole, own)]
+            for param in params:  # by their addresses: DeepSpeed orders and pads them as it likes
+                begin = (param.data_ptr() - own.data_ptr()) // own.element_size()
+                aliases.append(Alias(param, begin, begin + param.numel()))
+            found.append(aliases)
         return found
 
     # ---- states in flight, and loading

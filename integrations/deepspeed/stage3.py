@@ -74,7 +74,7 @@ class OffloadedStage3(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[misc]  # D
         return super()._get_fp32_grad_state_partition(param, *args, **kwargs)
 
     def update_fp32_grad_for_param_vectorized(self, update_func: Any, param_list: list[Tensor]) -> None:
-        """DeepSpeed's, of its newer versions, which sets gradients by itself."""
+        """DeepSpeed's, which sets gradients by itself."""
         for sub_group in {self._sub_group_of(param) for param in param_list if param.requires_grad}:
             self._before_gradient(sub_group)
         super().update_fp32_grad_for_param_vectorized(update_func, param_list)

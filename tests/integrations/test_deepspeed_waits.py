@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from offload.pending import PendingParameter, PendingTensor
+from offload.runtime import Runtime
 from tests.integrations.deepspeed_training import close, config, engine_of, ours, tokens_of, train
 from tests.training import assert_same_bits
 
@@ -174,3 +175,31 @@ def test_ranks_gather_parameters_that_are_updated(ds: ModuleType, monkeypatch: p
         train(engine, 2, first=1)
         assert bool(ds.races()) != waits
         close(engine)
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_gradient_that_is_set_after_it_went_down_goes_again(
+    ds: ModuleType, waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deepspeed.utils import safe_set_full_grad
+
+    if not waits:
+        monkeypatch.setattr(Runtime, "before_gradient", lambda self, index: None)
+    found, went_down = [], []
+    for overlap in ("none", "backward"):
+        ds.configure("lazy")
+        engine = engine_of(ours(config(3), plan="host", overlap=overlap))
+        begun = engine.optimizer.offloaded.partition.runtime._early
+
+        def set_gradients(step: int, engine: Any = engine, begun: Any = begun) -> None:
+            went_down.append(len(begun._begun))
+            for param in engine.module.parameters():
+                safe_set_full_grad(param, torch.full(param.ds_shape, 0.5 + step, device="sim"))
+
+        found.append(train(engine, 3, before_step=set_gradients))
+        close(engine)
+        assert ds.races() == [] or not waits
+    assert went_down == [0, 0, 0, 0, 2, 2]  # how many gradients a step has is what the one before had
+    assert bool(ds.races()) != waits
+    if waits:
+        assert_same_bits(found[1], found[0])
