@@ -179,7 +179,7 @@ def test_gradients_go_down_once_and_parameters_up_once(ds: ModuleType, stage: in
     ds.configure()
     engine.backward(engine(tokens_of(2)))
     engine.step()
-    torch.accelerator.synchronize()
+    engine.optimizer.offloaded.synchronize()
     spans = ds.trace()
     down = [span for span in spans if span.engine == "d2h"]
     up = [span for span in spans if span.engine == "h2d"]
