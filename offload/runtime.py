@@ -227,10 +227,16 @@ class Runtime:
             check_ordering([self._plan, plan, plan], subgroups, overlapped=overlapped)
 
     def _new_controller(self, subgroups: Sequence[Subgroup], homes: Homes) -> Controller | None:
-        """For "auto" on an accelerator. Parameters that join later start it anew, from the rates known by then."""
+        """For "auto" on an accelerator. Parameters that join later start it anew, from the rates known by then.
+
+        One subgroup alone is on one side or the other: no step measures both, so without rates there is no choice.
+        """
+        rates = self.rates or self.options.rates
         if self.options.policy != "auto" or self.accelerator is None or not homes.visitors:
             return None
-        return Controller(subgroups, homes, self.rates or self.options.rates, first_step=self._num_steps)
+        if rates is None and len(subgroups) - len(homes.residents) == 1:
+            return None
+        return Controller(subgroups, homes, rates, first_step=self._num_steps)
 
     @property
     def rates(self) -> Rates | None:
