@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from offload.adam import AdamSubgroup, ParamSlice, drop_remainder, read_master
+from offload.adam import AdamSubgroup, ParamSlice, drop_remainder, flat, read_master
 from offload.kernels import State
+from offload.shards import local
 from offload.state_entries import entry_views, load_entry
+from offload.state_layout import StateKind, StateLayout
 
+NO_SUBGROUP = -1
 _ADAM_NAMES = {"first": "exp_avg", "second": "exp_avg_sq", "max_second": "max_exp_avg_sq"}
 
 
@@ -46,18 +49,18 @@ class ParamHome:
 
     @property
     def changed(self) -> bool:
-        param = self.item.param
+        param = local(self.item.param)
         return self._version != param._version or self._address != param.data_ptr() or not self._has_storage()
 
     def note_in_step(self) -> None:
         """Record that master and parameter are equal, or will be when what is enqueued has run."""
-        param = self.item.param
+        param = local(self.item.param)
         self._version, self._address = param._version, param.data_ptr()
         if not self._has_storage():
             self._storage = StorageWeakRef(param.untyped_storage())  # type: ignore[no-untyped-call]
 
     def _has_storage(self) -> bool:
-        return self._storage is not None and self._storage.cdata == self.item.param.untyped_storage()._cdata
+        return self._storage is not None and self._storage.cdata == local(self.item.param).untyped_storage()._cdata
 
     def recheck(self) -> None:
         """Compare master and parameter before the next step, whoever changed which."""
@@ -77,7 +80,7 @@ class ParamHome:
         if state.is_compact:
             drop_remainder(state)
         else:
-            state.master.copy_(self.item.param.detach().view(-1))
+            state.master.copy_(flat(self.item.param))
 
     def views(self) -> dict[str, Tensor]:
         """The entry of ``optimizer.state``: see :mod:`offload.state_entries`."""
@@ -101,6 +104,9 @@ class MasterTable:
     def __init__(self) -> None:
         self._homes: dict[Tensor, ParamHome] = {}
 
+    def __len__(self) -> int:
+        return len(self._homes)
+
     def __contains__(self, param: Tensor) -> bool:
         return param in self._homes
 
@@ -111,6 +117,12 @@ class MasterTable:
         """Parameters of a subgroup; ``torch_names``: what torch calls the fields of their state."""
         for item in actions.slices:
             self._homes[item.param] = ParamHome(subgroup, actions, item, torch_names)
+
+    def add_empty(self, param: Tensor, kind: StateKind, torch_names: Mapping[str, str] = _ADAM_NAMES) -> None:
+        """A parameter of which this rank holds nothing: it is in no subgroup, but has an entry as on the others."""
+        layout = StateLayout(kind, 0)
+        slab = torch.empty(layout.shape, dtype=layout.dtype)
+        self.add(NO_SUBGROUP, AdamSubgroup([ParamSlice(param, 0, 0)], param.dtype, slab, None, layout), torch_names)
 
     def refresh(self, synchronize: Callable[[], None], check: Callable[[Tensor], None], *, all_: bool = False) -> None:
         """Read the masters of edited parameters (or all) again, after ``check`` accepted each and all is at rest."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from offload.kernels.state import num_blocks
 from offload.masters import MasterTable, ParamHome
+from offload.shards import spread_alike
 from offload.state_entries import entry_names, saved_format
 
 _Key = TypeVar("_Key")  # a parameter, or its index
@@ -58,6 +59,11 @@ def check_entry(index: int, home: ParamHome, saved: Mapping[str, Any], rule: str
             raise ValueError(
                 f"{name} of parameter {index} in the state to load has shape {tuple(saved[name].shape)}, the "
                 f"parameter {shape}: the state belongs to another model"
+            )
+        if not spread_alike(saved[name], home.item.param):
+            raise ValueError(
+                f"{name} of parameter {index} in the state to load is not spread over ranks as the parameter is; "
+                f"load it with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict, which reshards"
             )
 
 

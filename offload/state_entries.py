@@ -19,6 +19,7 @@ from torch import Tensor
 from offload.kernels import STATE_FORMATS, State
 from offload.kernels.codec import Rows, read_state, write_state
 from offload.kernels.state import row_dtypes
+from offload.shards import as_shard, local
 
 
 def entry_names(state_format: str, torch_names: Mapping[str, str]) -> dict[str, str]:
@@ -35,12 +36,16 @@ def entry_names(state_format: str, torch_names: Mapping[str, str]) -> dict[str, 
 
 
 def entry_views(state: State, param: Tensor, torch_names: Mapping[str, str]) -> dict[str, Tensor]:
-    """The entry of one parameter: views of its state, in the parameter's shape where they are as large.
+    """The entry of one parameter: views of its state, in the parameter's shape where they are as large, and DTensors
+    where it is one.
 
     A float32 parameter has no ``master`` entry: the parameter itself is that.
     """
     names = entry_names(state.format, torch_names)
-    views = {names[field]: t if field.endswith("_scale") else t.view_as(param) for field, t in state.items()}
+    shard = local(param)
+    views = {
+        names[field]: t if field.endswith("_scale") else as_shard(t.view_as(shard), param) for field, t in state.items()
+    }
     if param.dtype == torch.float32:
         del views["master"]
     return views
@@ -74,6 +79,7 @@ def load_entry(
     """
     source = saved_format(saved, moments, torch_names, state.format)
     assert source is not None
+    saved = {name: local(value) if isinstance(value, Tensor) else value for name, value in saved.items()}
     names = entry_names(source, torch_names)
     if source == state.format:
         for field, tensor in state.items():
@@ -86,7 +92,7 @@ def load_entry(
         if field == "master" or field.removesuffix("_scale") in moments
         if name in saved
     }
-    values = param.detach().reshape(-1).to(state.master.device)
+    values = local(param).detach().reshape(-1).to(state.master.device)
     has_master = "master" in tensors
     if not has_master:
         tensors["master"] = values.float()

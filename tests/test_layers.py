@@ -18,7 +18,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     map(
         frozenset,
         (
-            {"plan", "kernels", "accelerators", "hardware", "processors"},
+            {"plan", "kernels", "accelerators", "hardware", "processors", "shards"},
             {
                 "lanes",
                 "accounting",
