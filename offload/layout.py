@@ -86,8 +86,8 @@ def check_overlap(overlap: str, param: Tensor, name: str) -> None:
     """Raise ValueError, naming the parameter, if its reads cannot be seen and so an update cannot run beside them."""
     if overlap != "none" and is_sharded(param):
         raise ValueError(
-            f"overlap={overlap!r} is not available for parameter {name}, a DTensor: FSDP2 gathers shards through memory "
-            "of its own, which cannot be made to wait; use overlap='auto' or 'none'"
+            f"overlap={overlap!r} is not available for parameter {name}, a DTensor: FSDP2 gathers shards through "
+            "memory of its own, which cannot be made to wait; use overlap='auto' or 'none'"
         )
 
 

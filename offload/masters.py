@@ -22,7 +22,7 @@ _ADAM_NAMES = {"first": "exp_avg", "second": "exp_avg_sq", "max_second": "max_ex
 class ParamHome:
     """Where one parameter's state lives, and what the parameter looked like when its master last equalled it."""
 
-    __slots__ = ("_address", "_storage", "_version", "actions", "fresh", "item", "subgroup", "torch_names")
+    __slots__ = ("_address", "_storage", "_version", "actions", "entry", "fresh", "item", "subgroup", "torch_names")
 
     def __init__(
         self, subgroup: int, actions: AdamSubgroup, item: ParamSlice, torch_names: Mapping[str, str] = _ADAM_NAMES
@@ -32,6 +32,7 @@ class ParamHome:
         self.actions = actions
         self.item = item
         self.fresh = True  # its moments are zero: no step was counted since they were made
+        self.entry: dict[str, Tensor] | None = None  # of ``optimizer.state``, made of views of this
         self._version = -1
         self._address = 0
         # Weak, so that replaced memory is free to go. The address alone will not do: freed memory is given out again.

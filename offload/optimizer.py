@@ -30,7 +30,7 @@ from offload.layout import (
 )
 from offload.live import publish_if_asked
 from offload.masters import MasterTable
-from offload.optimizer_state import copy_entries, fill_entry, load_state
+from offload.optimizer_state import adopt_entries, copy_entries, fill_entry, load_state
 from offload.perf_model import Prediction, Rates
 from offload.plan import Plan
 from offload.policy import Overlap, Policy
@@ -66,7 +66,8 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             model, within 2**20 and 1e8.
         num_slots: device buffers, each for one subgroup's state.
         profile: what ``plan="auto"`` believes of the machine until it has measured: a :class:`HardwareProfile`, its
-            name or file, or :class:`Rates`; None starts with a plan that measures both sides.
+            name or file, or :class:`Rates`; None starts with a plan that measures both sides. Of a profile's cores and
+            host memory a rank gets the share that LOCAL_WORLD_SIZE ranks leave it, if a launcher has set that.
         overlap: ``"next_forward"`` returns from :meth:`step` when the update has begun; whoever reads a parameter first
             waits for it (:mod:`offload.pending`). ``"none"`` returns when the next forward may be enqueued, and so does
             ``"backward"``, which brings gradients down while backward runs (:mod:`offload.early`).
@@ -224,6 +225,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         if not true_on_all_ranks(all_finite(grads), grads):
             self._refuse_nonfinite(params)
             return loss
+        adopt_entries((param for _, param in params), self.state, self._masters, self.synchronize, self.rule.name)
         self._refresh_masters()
         self._run(params, self._grad_scale.value(grads))
         return loss
@@ -252,7 +254,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
                 self.synchronize()
                 home.restart()
             entry.update(step=torch.tensor(0.0), **home.views())
-            home.fresh = False
+            home.entry, home.fresh = entry, False
         entry["step"] += 1
 
     def _params_with_grad(self) -> list[GroupedParam]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -70,7 +70,28 @@ def check_entry(index: int, home: ParamHome, saved: Mapping[str, Any], rule: str
 def fill_entry(home: ParamHome, saved: Mapping[str, Any]) -> dict[str, Tensor]:
     """Copy a checked entry into a parameter's home. Returns the entry that ``optimizer.state`` is to hold."""
     home.load(saved)
-    return {"step": torch.tensor(float(saved.get("step", 1.0))), **home.views()}
+    home.entry = {"step": torch.tensor(float(saved.get("step", 1.0))), **home.views()}
+    return home.entry
+
+
+def adopt_entries(
+    params: Iterable[Tensor],
+    state: dict[Tensor, dict[str, Tensor]],
+    masters: MasterTable,
+    synchronize: Callable[[], None],
+    rule: str,
+) -> None:
+    """Take over entries that somebody put in the place of ours, as torch's ZeroRedundancyOptimizer loads them.
+
+    Raises:
+        ValueError: if one is no state of its parameter.
+    """
+    for index, param in enumerate(params):
+        home, entry = masters[param], state.get(param)
+        if entry and entry is not home.entry:
+            check_entry(index, home, entry, rule)
+            synchronize()
+            state[param] = fill_entry(home, entry)
 
 
 def load_state(

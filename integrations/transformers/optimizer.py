@@ -34,8 +34,8 @@ def offloaded(args: transformers.TrainingArguments, **options: Any) -> tuple[typ
     cls, kwargs = transformers.Trainer.get_optimizer_cls_and_kwargs(args)
     if cls not in _OFFLOADED:
         raise ValueError(
-            f"optim={OptimizerNames(args.optim).value!r} is not offered here: use adamw_torch, adamw_torch_fused, sgd or "
-            "adagrad, or give Trainer the class itself: optimizer_cls_and_kwargs=(offload.Lion, {'lr': 1e-4})"
+            f"optim={OptimizerNames(args.optim).value!r} is not offered here: use adamw_torch, adamw_torch_fused, sgd "
+            "or adagrad, or give Trainer the class itself: optimizer_cls_and_kwargs=(offload.Lion, {'lr': 1e-4})"
         )
     return _OFFLOADED[cls], {**kwargs, **options}
 
