@@ -30,7 +30,7 @@ from offload.layout import (
 )
 from offload.live import publish_if_asked
 from offload.masters import MasterTable
-from offload.optimizer_state import adopt_entries, copy_entries, fill_entry, load_state
+from offload.optimizer_state import adopt_entries, check_state, copy_entries, fill_entry, load_state
 from offload.perf_model import Prediction, Rates
 from offload.plan import Plan
 from offload.policy import Overlap, Policy
@@ -363,10 +363,19 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             state_dict = state_dict if changed is None else changed
         if not all(p in self._masters for group in self.param_groups for p in group["params"] if p.requires_grad):
             self._follow_params()
+        params = self.check_state_dict(state_dict)
         self._refresh_masters()
-        load_state(self.param_groups, self.state, self._masters, state_dict, self.rule.name)
+        try:
+            load_state(self.param_groups, self.state, self._masters, state_dict, params)
+        except BaseException as error:
+            self.runtime.mark_broken(error)
+            raise
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def check_state_dict(self, state_dict: dict[str, Any]) -> dict[int, Tensor]:
+        """Raise ValueError where :meth:`load_state_dict` would. Returns the parameters by the state's indices."""
+        return check_state(self.param_groups, self._masters, state_dict, self.rule.name)
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: options, groups and state; memory, streams and the worker are made anew."""

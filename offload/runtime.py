@@ -117,7 +117,7 @@ class Runtime:
         with_gradients = options.overlap == "backward"
         self._early = EarlyTransfers(self.lanes, self.pool, self.actions, with_gradients=with_gradients)
         self._hooks: list[RemovableHandle] = []
-        self._conductor = Conductor(self.lanes.compute, self.accelerator, weakref.WeakMethod(self._break))
+        self._conductor = Conductor(self.lanes.compute, self.accelerator, weakref.WeakMethod(self.mark_broken))
         # Pinned memory and slots may go back only when no copy uses them; at exit the device's own teardown waits.
         # Not the host lane: the traceback of a failed update, which it keeps, would keep this runtime.
         landing = weakref.finalize(self, _let_land, self._conductor, self._hooks, self.lanes.h2d, self.lanes.d2h)
@@ -303,7 +303,7 @@ class Runtime:
                 self.lanes.synchronize()
                 self.spans = timer.spans()
         except BaseException as error:
-            self._break(error)
+            self.mark_broken(error)
             for index in updates:
                 self.actions[index].end_step()
             raise
@@ -323,7 +323,8 @@ class Runtime:
         self.check_usable()
         self._conductor.finish()
 
-    def _break(self, error: BaseException) -> None:
+    def mark_broken(self, error: BaseException) -> None:
+        """Refuse every later step: ``error`` left state half written."""
         self._broken = error
 
     def synchronize(self) -> None:

@@ -18,7 +18,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     map(
         frozenset,
         (
-            {"plan", "kernels", "accelerators", "hardware", "processors", "shards"},
+            {"plan", "kernels", "accelerators", "hardware", "processors", "shards", "tensor_file"},
             {
                 "lanes",
                 "accounting",
@@ -36,9 +36,10 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
             {"subgroup", "module_waits", "monitor", "timeline"},
             {"testing", "pool", "policy", "executor", "adam"},
             {"conductor", "early", "homes", "ordering", "layout", "masters", "perf_model"},
-            {"bounds", "phases"},
+            {"bounds", "layer_costs"},
+            {"phases"},
             {"scheduling", "estimate", "calibration", "timing", "optimizer_state", "updates"},
-            {"planner", "tracing"},
+            {"planner", "tracing", "overlaps"},
             {"candidates"},
             {"controller", "jobs"},
             {"runtime", "streaming"},
@@ -46,7 +47,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
             {"arguments", "explain", "verdict"},
             {"optimizer", "compat"},
             {"optimizers"},
-            {"interconnect"},
+            {"interconnect", "checkpoint"},
             {"report", "doctor"},
             {"cli"},
             {"__init__"},
