@@ -59,7 +59,7 @@ def main() -> None:
     optimizers = [offload.AdamW(params, lr=2e-3) for params in (handle.host_parameters(), handle.device_parameters())]
     kept = torch.linspace(0.99, 0.01, NUM_TIMES, device=device)  # of the picture's variance, at each time
     picture = 2 * torch.eye(SIZE, device=device) - 1
-    for step in range(12):
+    for step in range(120):
         time = torch.randint(0, NUM_TIMES, (16,)).to(device)
         noise = torch.randn(16, SIZE, SIZE).to(device)
         signal = kept[time].view(-1, 1, 1)
@@ -69,7 +69,8 @@ def main() -> None:
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
-        print(f"step {step:>2}: loss {loss.item():.4f}")
+        if step % 20 == 0 or step == 119:
+            print(f"step {step:>3}: loss {loss.item():.4f}")
     with torch.no_grad():
         x = torch.randn(1, SIZE, SIZE).to(device)
         for now in range(NUM_TIMES - 1, 0, -5):  # DDIM: to the predicted picture, with as much noise as the next time

@@ -22,7 +22,7 @@ def main() -> None:
         num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, output_router_logits=True, use_cache=False,
     )  # fmt: skip
     model = MixtralForCausalLM(config).to(device)
-    optimizer = offload.AdamW(model.parameters(), lr=1e-3, device_budget="64MiB", subgroup_numel=50_000)
+    optimizer = offload.AdamW(model.parameters(), lr=1e-3, device_budget="2MiB", subgroup_numel=50_000)
     text = torch.tensor(list(Path(__file__).read_bytes()))
     for step in range(12):
         begin = 64 * (step % 8)

@@ -16,7 +16,7 @@ def main() -> None:
     device = accelerator_or_emulated()
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(2, 256), nn.GELU(), nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 1)).to(device)
-    optimizer = offload.AdamW(model.parameters(), lr=1e-3, device_budget="64MiB")
+    optimizer = offload.AdamW(model.parameters(), lr=1e-3, device_budget="512KiB", subgroup_numel=20_000)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=200)
     for step in range(200):
         x = torch.rand(64, 2, device=device)

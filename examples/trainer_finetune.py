@@ -72,7 +72,8 @@ def main() -> None:
     if arguments.lora:
         model = with_adapters(model)
     args = TrainingArguments(
-        output_dir=str(arguments.output), max_steps=arguments.steps, per_device_train_batch_size=1, learning_rate=1e-5,
+        output_dir=str(arguments.output), max_steps=arguments.steps, per_device_train_batch_size=1,
+        learning_rate=1e-3 if arguments.tiny or arguments.lora else 1e-5, disable_tqdm=True,
         max_grad_norm=1.0, logging_steps=1, save_steps=max(arguments.steps // 2, 1), report_to="none",
         dataloader_pin_memory=False,
     )  # fmt: skip

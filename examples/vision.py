@@ -26,7 +26,7 @@ def main() -> None:
         num_labels=2,
     )  # fmt: skip
     model = ViTForImageClassification(config).to(device)
-    optimizer = offload.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05, device_budget="64MiB")
+    optimizer = offload.AdamW(model.parameters(), lr=1e-3, device_budget="1MiB", subgroup_numel=20_000)
     for step in range(12):
         pixels, labels = images(16, device)
         output = model(pixel_values=pixels, labels=labels)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -189,3 +190,33 @@ def test_arguments_choose_optimizer_and_its_hyper_parameters(tmp_path: Path) -> 
     assert offloaded(arguments(tmp_path, optim="sgd"))[0] is offload.SGD
     with pytest.raises(ValueError, match="optim='adafactor' is not offered here"):
         offloaded(arguments(tmp_path, optim="adafactor"))
+
+
+ASSETS = Path(__file__).resolve().parents[2] / ".cache" / "demo"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not ASSETS.exists(), reason="needs the model and the text that `make demo` fetches")
+def test_smollm2_on_real_text(tmp_path: Path) -> None:
+    """SmolLM2-135M on the King James Bible: the plain loop's bits, torch's, and a resumed run's."""
+    folder, lr = ASSETS / "SmolLM2-135M-Instruct", 1e-5
+    args = arguments(
+        tmp_path, max_steps=4, save_strategy="steps", save_steps=2, learning_rate=lr, per_device_train_batch_size=1
+    )
+    text = (ASSETS / "king-james.txt").read_text(encoding="utf-8")[:4000]
+    ids = torch.tensor(transformers.AutoTokenizer.from_pretrained(folder)(text)["input_ids"])[: 4 * 64].view(4, 64)
+    data = [{"input_ids": row, "labels": row} for row in ids]
+
+    def model() -> Any:
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_cache=False)
+
+    def trained(**train_arguments: Any) -> Result:
+        trainer = trainer_of(model(), args, train_dataset=data, optimizer_cls_and_kwargs=offloaded(args))
+        return train_with_trainer(trainer, **train_arguments)
+
+    result = trained()
+    print("loss:", *(f"{loss.item():.6f}" for loss in result.losses))
+    for optimizer in (offload.AdamW, torch.optim.AdamW):
+        assert_same_bits(plain_loop(model(), args, partial(optimizer, lr=lr, fused=True), data), result)
+    resumed = trained(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert_same_bits(resumed, Result(result.losses[2:], result.params))

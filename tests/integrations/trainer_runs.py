@@ -58,11 +58,14 @@ def record_losses(model: nn.Module) -> list[Tensor]:
     return losses
 
 
+def rows_of(args: transformers.TrainingArguments) -> list[dict[str, Tensor]]:
+    return sequences(args.max_steps * args.per_device_train_batch_size * args.gradient_accumulation_steps)
+
+
 def trainer_of(model: Any, args: transformers.TrainingArguments, **others: Any) -> transformers.Trainer:
     """A stock Trainer but for the optimizer, which ``others`` may name too."""
-    given = {"optimizer_cls_and_kwargs": offloaded(args, subgroup_numel=4096), **others}
-    data = sequences(NUM_STEPS * args.per_device_train_batch_size * args.gradient_accumulation_steps)
-    return transformers.Trainer(model=model, args=args, train_dataset=data, **given)
+    given = {"optimizer_cls_and_kwargs": offloaded(args, subgroup_numel=4096), "train_dataset": rows_of(args), **others}
+    return transformers.Trainer(model=model, args=args, **given)
 
 
 def train_with_trainer(trainer: transformers.Trainer, **train_arguments: Any) -> Result:
@@ -72,7 +75,10 @@ def train_with_trainer(trainer: transformers.Trainer, **train_arguments: Any) ->
 
 
 def plain_loop(
-    model: Any, args: transformers.TrainingArguments, optimizer_of: Callable[[Any], torch.optim.Optimizer]
+    model: Any,
+    args: transformers.TrainingArguments,
+    optimizer_of: Callable[[Any], torch.optim.Optimizer],
+    data: list[dict[str, Tensor]] | None = None,
 ) -> Result:
     """What Trainer does with these arguments, written out: no weight decay for norms, a linear schedule.
 
@@ -82,12 +88,12 @@ def plain_loop(
     norms = [p for name, p in model.named_parameters() if "norm" in name]
     others = [p for name, p in model.named_parameters() if "norm" not in name]
     optimizer = optimizer_of([{"params": others, "weight_decay": DECAY}, {"params": norms, "weight_decay": 0.0}])
-    schedule = transformers.get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=NUM_STEPS)
+    schedule = transformers.get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=args.max_steps)
     size, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    rows = torch.stack([row["input_ids"] for row in sequences(NUM_STEPS * size * accumulation)])
-    num_targets = torch.tensor(accumulation * size * (SEQ_LEN - 1))  # nothing predicts the first token
+    rows = torch.stack([row["input_ids"] for row in data or rows_of(args)])
+    num_targets = torch.tensor(accumulation * size * (rows.shape[1] - 1))  # nothing predicts the first token
     losses = record_losses(model.train())
-    for micro_batches in rows.view(NUM_STEPS, accumulation, size, SEQ_LEN).to(model.device):
+    for micro_batches in rows.view(args.max_steps, accumulation, size, -1).to(model.device):
         for ids in micro_batches:
             model(input_ids=ids, labels=ids, num_items_in_batch=num_targets).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
