@@ -276,6 +276,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         """
         if self._masters and not any(p in self._masters for group in self.param_groups for p in group["params"]):
             self.synchronize()
+            self.state.clear()
             self._forget_runtime()
             self._build()
         else:
@@ -361,12 +362,13 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        if not all(p in self._masters for group in self.param_groups for p in group["params"] if p.requires_grad):
+        params = [param for group in self.param_groups for param in group["params"]]
+        if any(param.requires_grad and param.numel() and param not in self._masters for param in params):
             self._follow_params()
-        params = self.check_state_dict(state_dict)
+        fitting = self.check_state_dict(state_dict)
         self._refresh_masters()
         try:
-            load_state(self.param_groups, self.state, self._masters, state_dict, params)
+            load_state(self.param_groups, self.state, self._masters, state_dict, fitting)
         except BaseException as error:
             self.runtime.mark_broken(error)
             raise
