@@ -188,8 +188,9 @@ def save(folder: Path) -> None:
         state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
         dcp.save(state, checkpoint_id=folder / str(dtype))
         entries = [{name: whole(value) for name, value in entry.items()} for entry in optimizer.state.values()]
+        saved = weights(model), entries
         if dist.get_rank() == 0:
-            torch.save((weights(model), entries), folder / f"{dtype}.pt")
+            torch.save(saved, folder / f"{dtype}.pt")
 
 
 def resume(folder: Path) -> None:
