@@ -62,6 +62,7 @@ def test_trainer_equals_the_plain_loop_and_torch(tmp_path: Path) -> None:
     assert_same_bits(result, theirs)
 
 
+@pytest.mark.slow
 def test_bfloat16_weights_with_clipping(tmp_path: Path) -> None:
     args = arguments(tmp_path)
     result = train_with_trainer(trainer_of(llama(torch.bfloat16), args))
@@ -80,7 +81,14 @@ def test_on_an_accelerator_under_overlap(sim: ModuleType, tmp_path: Path, monkey
     assert_same_bits(result, plain_loop(llama(device="sim"), args, ours))
 
 
-@pytest.mark.parametrize("state", [("float32", "fp32"), ("bfloat16", "fp32"), ("bfloat16", "split16")], ids="-".join)
+@pytest.mark.parametrize(
+    "state",
+    [
+        ("bfloat16", "fp32"),
+        *(pytest.param(each, marks=pytest.mark.slow) for each in (("float32", "fp32"), ("bfloat16", "split16"))),
+    ],
+    ids="-".join,
+)
 def test_resume_is_bit_identical_with_evaluation_in_between(state: tuple[str, str], tmp_path: Path) -> None:
     dtype, state_format = state
 
@@ -99,6 +107,7 @@ def test_resume_is_bit_identical_with_evaluation_in_between(state: tuple[str, st
     assert_same_bits(resumed, Result(whole.losses[3:], whole.params))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_autocast(precision: str, tmp_path: Path) -> None:
     args = arguments(tmp_path, use_cpu=True, **{precision: True})
@@ -163,6 +172,7 @@ def test_logs_say_where_states_are_updated(tmp_path: Path, caplog: pytest.LogCap
     assert len(callback.monitor.samples) == num_samples, "hooks were left behind"
 
 
+@pytest.mark.slow
 @pytest.mark.sim(executors=["sync"])
 def test_logs_have_the_device_memory_of_each_phase(
     sim: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
