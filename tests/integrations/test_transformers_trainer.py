@@ -149,11 +149,11 @@ def test_accelerate_prepare(precision: str) -> None:
         return [param.detach().clone() for param in model.parameters()], skipped
 
     models = llama(), llama()
-    theirs, skipped = train(models[0], torch.optim.AdamW(models[0].parameters(), lr=1e-2, fused=True))
+    result, skipped = train(models[0], offload.AdamW(models[0].parameters(), lr=1e-2))
     assert any(skipped) == (precision == "fp16")
-    same, same_skipped = train(models[1], offload.AdamW(models[1].parameters(), lr=1e-2))
-    assert skipped == same_skipped
-    assert_same_bits(same, theirs)
+    # A fused optimizer of torch's skips inside its kernel, so Accelerate does not see it.
+    expected, _ = train(models[1], torch.optim.AdamW(models[1].parameters(), lr=1e-2, fused=True))
+    assert_same_bits(result, expected)
 
 
 def test_logs_say_where_states_are_updated(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
