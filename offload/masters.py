@@ -11,7 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from offload.adam import AdamSubgroup, ParamSlice, drop_remainder, flat, read_master
 from offload.kernels import State
-from offload.shards import local
+from offload.shards import as_shard, local
 from offload.state_entries import entry_views, load_entry
 from offload.state_layout import StateKind, StateLayout
 
@@ -84,8 +84,10 @@ class ParamHome:
             state.master.copy_(flat(self.item.param))
 
     def views(self) -> dict[str, Tensor]:
-        """The entry of ``optimizer.state``: see :mod:`offload.state_entries`."""
-        return entry_views(self.state, self.item.param, self.torch_names)
+        """The entry of ``optimizer.state``: see :mod:`offload.state_entries`. DTensors where the parameter is one."""
+        param = self.item.param
+        views = entry_views(self.state, tuple(local(param).shape), self.actions.dtype, self.torch_names)
+        return {name: as_shard(view, param) for name, view in views.items()}
 
     def load(self, saved: Mapping[str, Any]) -> None:
         """Take a saved entry, of whichever format. Nothing may be in flight."""

@@ -7,6 +7,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from os import PathLike
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from offload.adam import AdamSubgroup, flat
 from offload.arguments import check_rounding_seed, param_name, parse_options
 from offload.explain import explain
 from offload.gradients import NonFiniteGradientError, PendingScale, all_finite
@@ -30,7 +32,14 @@ from offload.layout import (
 )
 from offload.live import publish_if_asked
 from offload.masters import MasterTable
-from offload.optimizer_state import adopt_entries, check_state, copy_entries, fill_entry, load_state
+from offload.optimizer_state import (
+    adopt_entries,
+    check_state,
+    copy_entries,
+    fill_entry,
+    load_state,
+    shared_entries,
+)
 from offload.perf_model import Prediction, Rates
 from offload.plan import Plan
 from offload.policy import Overlap, Policy
@@ -39,6 +48,7 @@ from offload.record import StepWatch
 from offload.rules import Rule
 from offload.runtime import Runtime
 from offload.shards import is_sharded, local, shard_offset, true_on_all_ranks
+from offload.snapshot import Snapshot, Source
 from offload.state_layout import StateKind
 from offload.timeline import Span
 from offload.updates import GroupedParam, updates_by_subgroup
@@ -71,8 +81,8 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         overlap: ``"next_forward"`` returns from :meth:`step` when the update has begun; whoever reads a parameter first
             waits for it (:mod:`offload.pending`). ``"none"`` returns when the next forward may be enqueued, and so does
             ``"backward"``, which brings gradients down while backward runs (:mod:`offload.early`).
-            ``"auto"`` is ``"next_forward"`` on an accelerator, ``"none"`` for DTensors and on the CPU, where nothing
-            would be hidden.
+            ``"auto"`` is ``"none"`` for DTensors, and on the CPU, where nothing would be hidden. On an accelerator it
+            starts as ``"next_forward"`` and, with ``plan="auto"``, follows what a whole step is predicted to take.
         on_nonfinite: what :meth:`step` does about NaN or infinity in a gradient: raise
             :class:`NonFiniteGradientError`, or skip the step and count it in ``num_skipped_steps``. State and
             parameters are untouched either way.
@@ -132,6 +142,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
     def _forget_runtime(self) -> None:
         self._runtime: Runtime | None = None
         self._step_watch: StepWatch | None = None
+        self._snapshot: Snapshot | None = None
         self._masters = MasterTable()
         self._grad_scale = PendingScale()
 
@@ -142,8 +153,8 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         if device.type == "cpu" and options.policy == "auto":
             options = replace(options, policy="host", rates=None)
         if options.overlap == "auto":
-            in_order = device.type == "cpu" or any(map(is_sharded, params))
-            options = replace(options, overlap="none" if in_order else "next_forward")
+            hides = device.type != "cpu" and not any(map(is_sharded, params))
+            options = replace(options, overlap="next_forward" if hides else "none", chooses_overlap=hides)
         total_numel = sum(local(p).numel() for p in params if p.requires_grad)
         self._subgroup_numel = resolve_subgroup_numel(options.subgroup_numel, total_numel)
         self._runtime = Runtime(device, options)
@@ -212,6 +223,8 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         :meth:`synchronize`, :meth:`state_dict` and the next step wait for that.
         """
         self.runtime.check_usable()
+        if self._snapshot is not None:
+            self._snapshot.raise_unheard()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -336,16 +349,15 @@ class OffloadedOptimizer(torch.optim.Optimizer):
     # ---- state
 
     def state_dict(self) -> dict[str, Any]:
-        """State in the schema of torch's optimizer, as tensors that share memory with this one.
+        """State in the schema of torch's optimizer, as tensors that share memory with this one: nothing is copied.
 
         Parameters that are not float32 have one entry more, ``master``: their float32 values. State in another format
-        than fp32 has names of its own, see :mod:`offload.state_entries`, and is copied. Its masters are whole only
-        together with the parameters, so save the model with it.
+        than fp32 has names of its own, see :mod:`offload.state_entries`. Its masters are whole only together with the
+        parameters, so save the model with it.
         """
         self.synchronize()
         state_dict = super().state_dict()
-        if self.state_format != "fp32":  # torch.save refuses views of one memory in several dtypes
-            state_dict["state"] = copy_entries(state_dict["state"])
+        state_dict["state"] = shared_entries(state_dict["state"])
         return state_dict
 
     @torch.no_grad()
@@ -378,6 +390,32 @@ class OffloadedOptimizer(torch.optim.Optimizer):
     def check_state_dict(self, state_dict: dict[str, Any]) -> dict[int, Tensor]:
         """Raise ValueError where :meth:`load_state_dict` would. Returns the parameters by the state's indices."""
         return check_state(self.param_groups, self._masters, state_dict, self.rule.name)
+
+    def begin_snapshot(self, path: str, copy_bytes: int | None) -> Snapshot:
+        """Start to copy state and parameters as they are now, for ``offload.save`` to write them to ``path``.
+
+        Raises:
+            BudgetError: if the host budget does not hold the copies.
+        """
+        self.finish_snapshot()
+        self.synchronize()
+        self._refresh_masters()
+        sources = {
+            index: Source(actions.state, [flat(item.param) for item in actions.slices], partial(self._changed, actions))
+            for index, actions in enumerate(self.runtime.actions)
+        }
+        self._snapshot = Snapshot(path, self.runtime.begin_copies(sources, copy_bytes))
+        return self._snapshot
+
+    def finish_snapshot(self) -> None:
+        """Return when no checkpoint is being written any more. Raises what failed in it, unless that was heard of."""
+        snapshot, self._snapshot = self._snapshot, None
+        if snapshot is not None and not snapshot.is_heard:
+            snapshot.result()
+
+    def _changed(self, actions: AdamSubgroup) -> str | None:
+        params = [item.param for item in actions.slices]
+        return next((self._name_of(param) for param in params if self._masters[param].changed), None)
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: options, groups and state; memory, streams and the worker are made anew."""
@@ -422,7 +460,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
     @property
     def bill(self) -> MemoryBill:
         """Bytes taken beyond parameters and gradients."""
-        return self.runtime.bill
+        return replace(self.runtime.bill, snapshot_bytes=self.runtime.snapshot_bytes)
 
     def explain(self) -> str:
         """Which subgroup is updated where, what it costs in memory, and what the rates measured so far predict.

@@ -7,7 +7,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -16,8 +16,9 @@ from torch.utils.hooks import RemovableHandle
 
 from offload.accelerators import accelerator_for
 from offload.adam import AdamSubgroup, SliceUpdate
+from offload.beliefs import Measurement
 from offload.conductor import Conductor
-from offload.controller import Controller, Decision, Measurement
+from offload.controller import Controller, Decision
 from offload.early import EarlyTransfers, watch_gradients
 from offload.executor import run_update
 from offload.homes import Homes, first_plan, settle
@@ -31,6 +32,7 @@ from offload.perf_model import Prediction, Rates, predict
 from offload.plan import Placement, Plan
 from offload.policy import Overlap, Policy
 from offload.pool import BudgetError, Budgets, MemoryBill, Pool, format_bytes
+from offload.snapshot import DEFAULT_NUM_COPIES, Copier, Source
 from offload.state_layout import ADAM_FP32, StateKind, StateLayout
 from offload.subgroup import Subgroup
 from offload.timeline import Span, elapsed_s
@@ -49,6 +51,7 @@ class Options:
     num_slots: int | None
     rates: Rates | None = None  # believed until measured, with "auto"
     overlap: Overlap = "none"
+    chooses_overlap: bool = False  # starts with ``overlap``, and follows what whole steps are predicted to take
 
 
 def lanes_for(device: torch.device) -> Lanes:
@@ -110,10 +113,13 @@ class Runtime:
         self.controller: Controller | None = None  # chooses plans, with "auto"
         self.spans: list[Span] = []
         self.time_next_step = False
+        self.overlap = options.overlap  # in force
         self._plan = Plan(())
         self._chooses = options.policy == "auto"
         self._num_steps = 0
+        self._idle_since_s: float | None = None  # by the host's clock, after a step that was measured
         self._broken: BaseException | None = None
+        self._copier: Copier | None = None  # of a snapshot that may not have copied everything yet
         with_gradients = options.overlap == "backward"
         self._early = EarlyTransfers(self.lanes, self.pool, self.actions, with_gradients=with_gradients)
         self._hooks: list[RemovableHandle] = []
@@ -236,12 +242,17 @@ class Runtime:
         """What was measured and decided so far, oldest first."""
         return [] if self.controller is None else self.controller.decisions
 
-    def _observe(self, ran: Plan) -> None:
+    def _observe(self, ran: Plan, passes_s: float | None) -> None:
         """Let the controller choose the next plan, from the spans of the step that ran."""
         assert self.controller is not None
         work = work_of(self.spans, self.subgroups)
-        decision = self.controller.observe(Measurement(self._num_steps - 1, work, elapsed_s(self.spans)), ran)
-        if decision is None or decision.plan == self._plan:
+        seen = Measurement(self._num_steps - 1, work, elapsed_s(self.spans), passes_s)
+        decision = self.controller.observe(seen, ran)
+        if decision is None:
+            return
+        if self.options.chooses_overlap:
+            self.overlap = decision.overlap or self.overlap
+        if decision.plan == self._plan:
             return
         self._check_plan(decision.plan, self.subgroups, self.homes)
         self._plan = decision.plan
@@ -275,14 +286,16 @@ class Runtime:
         # A step that leaves subgroups out says little about one that does not.
         observed = self._chooses and not idle and self.controller is not None and self.controller.wants(self._num_steps)
         plan = self._plan.without(idle)
+        self._begin_step_beside_copies(updates, waits=observed or self.time_next_step)
         try:
             timed = (observed or self.time_next_step) and self.accelerator is not None
             timer = StepTimer(self.lanes, self.device) if timed else None
+            passes_s = self._passes_s(timer)
             self.time_next_step = False
             for index, subgroup_updates in updates.items():
                 self.actions[index].begin_step(subgroup_updates)
             begun = self._early.take(plan)
-            if self.options.overlap == "next_forward" and timer is None:
+            if self.overlap == "next_forward" and timer is None:
                 tensors = {index: list(_tensors_of(group)) for index, group in updates.items()}
                 self._conductor.start(
                     plan,
@@ -302,6 +315,8 @@ class Runtime:
                 timer.stop()
                 self.lanes.synchronize()
                 self.spans = timer.spans()
+                assert self.accelerator is not None
+                self._idle_since_s = self.accelerator.host_time_s()
         except BaseException as error:
             self.mark_broken(error)
             for index in updates:
@@ -309,7 +324,49 @@ class Runtime:
             raise
         self._num_steps += 1
         if observed:
-            self._observe(plan)
+            self._observe(plan, passes_s)
+
+    def _passes_s(self, timer: StepTimer | None) -> float | None:
+        """What forward and backward took since the last step, if nothing of an update ran beside them: both timed."""
+        since_s, self._idle_since_s = self._idle_since_s, None
+        return None if timer is None or since_s is None else timer.origin_s - since_s
+
+    def begin_copies(self, sources: Mapping[int, Source], copy_bytes: int | None) -> Copier:
+        """Copy subgroups beside the next steps, see [Note: copied before it is overwritten]. Nothing is in flight.
+
+        Args:
+            copy_bytes: how much may be copied and not yet written; None: :data:`DEFAULT_NUM_COPIES` subgroups.
+
+        Raises:
+            BudgetError: if that holds no subgroup, or the host budget not that.
+        """
+        each_bytes = Copier.buffer_bytes(sources)
+        if copy_bytes is not None and copy_bytes < each_bytes:
+            raise BudgetError(
+                f"copy_budget is {format_bytes(copy_bytes)} and one copy of the largest subgroup takes "
+                f"{format_bytes(each_bytes)}; raise it, or construct the optimizer with a lower subgroup_numel"
+            )
+        num_buffers = DEFAULT_NUM_COPIES if copy_bytes is None else copy_bytes // max(each_bytes, 1)
+        num_buffers = min(num_buffers, len(sources))
+        replace(self.bill, snapshot_bytes=num_buffers * each_bytes).check(self.options.budgets)
+        order = dict.fromkeys(op.subgroup for op in self._plan.ops)  # what is updated first is copied first
+        self._copier = Copier({i: sources[i] for i in order}, num_buffers, self.accelerator)
+        for index, event in self._copier.events.items():
+            self.actions[index].copied = event
+        return self._copier
+
+    def _begin_step_beside_copies(self, updates: Mapping[int, Sequence[SliceUpdate]], *, waits: bool) -> None:
+        """A parameter that the step leaves out does not become pending, so nothing else would keep it for its copy."""
+        if self._copier is None:
+            return
+        if waits or any(len(updates.get(i, ())) < len(each.slices) for i, each in enumerate(self.actions)):
+            self._copier.wait()
+        self._copier.begin_step()
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """Host memory that a snapshot holds now."""
+        return 0 if self._copier is None else self._copier.held_bytes
 
     def _gradient_arrived(self, index: int) -> None:
         """In backward, in a thread of autograd's."""
@@ -331,6 +388,8 @@ class Runtime:
         """Wait until nothing is in flight: parameters and states may be read and written by anyone afterwards."""
         self.finish()
         self._early.forget()  # states may be written now
+        if self._copier is not None:
+            self._copier.wait()
         self.lanes.synchronize()
 
     def check_usable(self) -> None:

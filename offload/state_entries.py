@@ -19,7 +19,7 @@ from torch import Tensor
 from offload.kernels import STATE_FORMATS, State
 from offload.kernels.codec import Rows, read_state, write_state
 from offload.kernels.state import row_dtypes
-from offload.shards import as_shard, local
+from offload.shards import local
 from offload.tensor_file import StoredTensor
 
 
@@ -36,18 +36,16 @@ def entry_names(state_format: str, torch_names: Mapping[str, str]) -> dict[str, 
     return names
 
 
-def entry_views(state: State, param: Tensor, torch_names: Mapping[str, str]) -> dict[str, Tensor]:
-    """The entry of one parameter: views of its state, in the parameter's shape where they are as large, and DTensors
-    where it is one.
+def entry_views(
+    state: State, shape: tuple[int, ...], dtype: torch.dtype, torch_names: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """The entry of a parameter of this shape and dtype: views of its state, in its shape where they are as large.
 
     A float32 parameter has no ``master`` entry: the parameter itself is that.
     """
     names = entry_names(state.format, torch_names)
-    shard = local(param)
-    views = {
-        names[field]: t if field.endswith("_scale") else as_shard(t.view_as(shard), param) for field, t in state.items()
-    }
-    if param.dtype == torch.float32:
+    views = {names[field]: t if field.endswith("_scale") else t.view(shape) for field, t in state.items()}
+    if dtype == torch.float32:
         del views["master"]
     return views
 
