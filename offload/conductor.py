@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -38,6 +39,7 @@ class _Flight:
     Attributes:
         subgroups: those that are not settled yet, by index.
         tensors: what is pending on each of them. Gradients are freed when they are dropped from here.
+        num_awaited: how many of the subgroups each tensor, by its id, still waits for.
         announced: set by the conductor once a subgroup's ``params_ready`` is there, to a mark of the host's order.
         settled: called for each subgroup when its tensors are what they were.
         home: the stream that was current when the update began.
@@ -46,6 +48,7 @@ class _Flight:
 
     subgroups: dict[int, Subgroup]
     tensors: dict[int, list[Tensor]]
+    num_awaited: Counter[int]
     settled: Callable[[int], None]
     home: torch.Stream | None
     announced: dict[int, Future[object]] = field(default_factory=dict)
@@ -96,8 +99,9 @@ class Conductor:
         """Begin an update after what the compute lane was given so far, and return.
 
         Args:
-            tensors: by subgroup, what nobody may read or write before the subgroup is settled. They count as changed
-                from now on, for a backward pass that would read what autograd saved of them before.
+            tensors: by subgroup, what nobody may read or write before the subgroup is settled; a tensor may wait for
+                several. They count as changed from now on, for a backward pass that would read what autograd saved of
+                them before.
             settled: called with a subgroup's index, in the thread that settles it.
             begun: operations of the plan that were enqueued already.
         """
@@ -106,18 +110,27 @@ class Conductor:
         flight = _Flight(
             subgroups={i: subgroups[i] for i in indices},
             tensors={i: list(tensors.get(i, ())) for i in indices},
+            num_awaited=Counter(),
             settled=settled,
             home=None if self._accelerator is None else torch.accelerator.current_stream(self._accelerator.device),
             announced={i: Future() for i in indices},
         )
         backward, mark = self._compute.mark(), self._host_mark()
         self._flight = flight
+        awaited: dict[int, tuple[Tensor, list[int]]] = {}
         for i, pending in flight.tensors.items():
             for tensor in pending:
-                torch.autograd.graph.increment_version(tensor)
-                make_pending(tensor, partial(self.settle, i))
+                awaited.setdefault(id(tensor), (tensor, []))[1].append(i)
+        for key, (tensor, awaited_indices) in awaited.items():
+            flight.num_awaited[key] = len(awaited_indices)
+            torch.autograd.graph.increment_version(tensor)
+            make_pending(tensor, partial(self._settle_each, awaited_indices))
         run = partial(enqueue_update, plan, subgroups, slots, stagings, lanes, backward=backward, begun=begun)
         flight.enqueued = self._thread.submit(self._conduct, run, flight.announced, mark)
+
+    def _settle_each(self, indices: Iterable[int]) -> None:
+        for index in indices:
+            self.settle(index)
 
     def settle(self, index: int) -> None:
         """Make subgroup ``index`` safe to use on the current stream, and on the one that the update began on.
@@ -138,7 +151,9 @@ class Conductor:
             subgroup = flight.subgroups.pop(index)
             self._await_params(subgroup, flight.home)
             for tensor in flight.tensors.pop(index):
-                make_plain(tensor)
+                flight.num_awaited[id(tensor)] -= 1
+                if not flight.num_awaited[id(tensor)]:
+                    make_plain(tensor)
             flight.settled(index)
 
     def finish(self) -> None:

@@ -178,7 +178,7 @@ class Runtime:
         self.controller = controller
         self.actions += added_actions
         if options.overlap != "none":
-            arrived = weakref.WeakMethod(self._gradient_arrived)
+            arrived = weakref.WeakMethod(self._accumulated)
             for subgroup, actions in zip(added, added_actions, strict=True):
                 self._hooks += watch_gradients(subgroup.index, [item.param for item in actions.slices], arrived)
         return added_actions
@@ -227,10 +227,16 @@ class Runtime:
             check_ordering([self._plan, plan, plan], subgroups, overlapped=overlapped)
 
     def _new_controller(self, subgroups: Sequence[Subgroup], homes: Homes) -> Controller | None:
-        """For "auto" on an accelerator. Parameters that join later start it anew, from the rates known by then."""
+        """For "auto" on an accelerator. Parameters that join later start it anew, from the rates known by then.
+
+        One subgroup alone is on one side or the other: no step measures both, so without rates there is no choice.
+        """
+        rates = self.rates or self.options.rates
         if self.options.policy != "auto" or self.accelerator is None or not homes.visitors:
             return None
-        return Controller(subgroups, homes, self.rates or self.options.rates, first_step=self._num_steps)
+        if rates is None and len(subgroups) - len(homes.residents) == 1:
+            return None
+        return Controller(subgroups, homes, rates, first_step=self._num_steps)
 
     @property
     def rates(self) -> Rates | None:
@@ -265,7 +271,10 @@ class Runtime:
     # ---- steps
 
     def step(
-        self, updates: Mapping[int, Sequence[SliceUpdate]], settled: Callable[[int], None] = lambda index: None
+        self,
+        updates: Mapping[int, Sequence[SliceUpdate]],
+        settled: Callable[[int], None] = lambda index: None,
+        pending: Mapping[int, Iterable[Tensor]] | None = None,
     ) -> None:
         """Run one step over the parameters in ``updates`` (by subgroup; a subgroup that is missing is left alone).
 
@@ -276,6 +285,8 @@ class Runtime:
 
         Args:
             settled: called with the index of each subgroup once its parameters and gradients may be used.
+            pending: by subgroup, what is pending in the place of its parameters and gradients: for a caller whose
+                tensors share memory with them. One may wait for several subgroups.
 
         Raises:
             RuntimeError: if an earlier step failed half way.
@@ -296,14 +307,15 @@ class Runtime:
                 self.actions[index].begin_step(subgroup_updates)
             begun = self._early.take(plan)
             if self.overlap == "next_forward" and timer is None:
-                tensors = {index: list(_tensors_of(group)) for index, group in updates.items()}
+                if pending is None:
+                    pending = {index: list(_tensors_of(group)) for index, group in updates.items()}
                 self._conductor.start(
                     plan,
                     self.subgroups,
                     self.pool.slots,
                     self.pool.stagings,
                     self.lanes,
-                    tensors,
+                    pending,
                     partial(_settle, self.actions, settled),
                     begun=begun,
                 )
@@ -368,12 +380,29 @@ class Runtime:
         """Host memory that a snapshot holds now."""
         return 0 if self._copier is None else self._copier.held_bytes
 
-    def _gradient_arrived(self, index: int) -> None:
-        """In backward, in a thread of autograd's."""
+    def _accumulated(self, index: int) -> None:
+        """By autograd, in one of its threads."""
+        self.gradient_arrived(index, in_autograd=True)
+
+    def gradient_arrived(self, index: int, *, in_autograd: bool = False) -> None:
+        """A gradient of subgroup ``index`` was accumulated: begin what of the next update may begin during backward.
+
+        For parameters that autograd accumulates into this is called by itself. Others call it on the stream that wrote
+        the gradient, and :meth:`before_gradient` before they write to it.
+        """
         will_be_timed = self.time_next_step or (self.controller is not None and self.controller.wants(self._num_steps))
         if self._broken is None and not will_be_timed:
             self._conductor.finish()
-            self._early.arrived(self.subgroups[index], self._plan, self.subgroups)
+            self._early.arrived(self.subgroups[index], self._plan, self.subgroups, in_autograd=in_autograd)
+
+    def before_gradient(self, index: int) -> None:
+        """Let what the current stream writes to the gradient of subgroup ``index`` come after an early copy of it."""
+        self._early.await_copy(self.subgroups[index])
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether an overlapped step was begun and not finished."""
+        return self._conductor.in_flight
 
     def finish(self) -> None:
         """Settle what an overlapped step left pending, on the current stream, and return when it is all enqueued."""
