@@ -9,6 +9,7 @@ from offload.hardware import HardwareProfile
 from offload.perf_model import Rates
 from offload.policy import Stride, parse_overlap, parse_policy
 from offload.pool import Budgets, parse_bytes
+from offload.processors import ranks_on_this_node
 from offload.runtime import Options
 
 # torch's implementation switches, at the values that are true of this optimizer.
@@ -81,7 +82,7 @@ def _rates_of(profile: object) -> Rates | None:
         profile = HardwareProfile.load(profile)
     if not isinstance(profile, HardwareProfile):
         raise TypeError(f"profile must be a HardwareProfile, its name or file, Rates, or None, not {profile!r}")
-    return Rates.from_profile(profile)
+    return Rates.from_profile(profile, num_ranks=ranks_on_this_node())
 
 
 def param_name(group: dict[str, Any], group_index: int, index: int) -> str:

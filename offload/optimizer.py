@@ -21,10 +21,25 @@ from offload.explain import explain
 from offload.gradients import NonFiniteGradientError, PendingScale, all_finite
 from offload.hardware import HardwareProfile
 from offload.kernels.state import check_state_format
-from offload.layout import Packed, check_grad, check_param, check_state_kind, pack, resolve_subgroup_numel
+from offload.layout import (
+    Packed,
+    check_grad,
+    check_overlap,
+    check_param,
+    check_state_kind,
+    pack,
+    resolve_subgroup_numel,
+)
 from offload.live import publish_if_asked
 from offload.masters import MasterTable
-from offload.optimizer_state import check_state, copy_entries, fill_entry, load_state, shared_entries
+from offload.optimizer_state import (
+    adopt_entries,
+    check_state,
+    copy_entries,
+    fill_entry,
+    load_state,
+    shared_entries,
+)
 from offload.perf_model import Prediction, Rates
 from offload.plan import Plan
 from offload.policy import Overlap, Policy
@@ -32,6 +47,7 @@ from offload.pool import MemoryBill
 from offload.record import StepWatch
 from offload.rules import Rule
 from offload.runtime import Runtime
+from offload.shards import is_sharded, local, shard_offset, true_on_all_ranks
 from offload.signals import deferred_signals
 from offload.snapshot import Snapshot, Source
 from offload.state_layout import StateKind
@@ -49,8 +65,9 @@ class OffloadedOptimizer(torch.optim.Optimizer):
     :mod:`offload.optimizers` add the hyper-parameters of their rule and pass these arguments on, keyword-only:
 
     Args:
-        params: parameters, named parameters or groups, all on one device: float32, bfloat16 or float16, contiguous.
-            The device may be the CPU: then every update is the CPU's.
+        params: parameters, named parameters or groups, all on one device: float32, bfloat16 or float16, contiguous;
+            or DTensors of such (FSDP2), whose shards each rank updates. The device may be the CPU: then every update is
+            the CPU's.
         plan: ``"auto"`` measures some steps and follows the fastest split as rates change, ``"host"`` updates all on
             the CPU, ``"device"`` streams all through the accelerator; or :class:`offload.Static`,
             :class:`offload.Stride`, an :class:`offload.Plan` or its text.
@@ -60,12 +77,13 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             model, within 2**20 and 1e8.
         num_slots: device buffers, each for one subgroup's state.
         profile: what ``plan="auto"`` believes of the machine until it has measured: a :class:`HardwareProfile`, its
-            name or file, or :class:`Rates`; None starts with a plan that measures both sides.
+            name or file, or :class:`Rates`; None starts with a plan that measures both sides. Of a profile's cores and
+            host memory a rank gets the share that LOCAL_WORLD_SIZE ranks leave it, if a launcher has set that.
         overlap: ``"next_forward"`` returns from :meth:`step` when the update has begun; whoever reads a parameter first
             waits for it (:mod:`offload.pending`). ``"none"`` returns when the next forward may be enqueued, and so does
             ``"backward"``, which brings gradients down while backward runs (:mod:`offload.early`).
-            ``"auto"`` is ``"none"`` on the CPU, where nothing would be hidden. On an accelerator it starts as
-            ``"next_forward"`` and, with ``plan="auto"``, follows what a whole step is predicted to take.
+            ``"auto"`` is ``"none"`` for DTensors, and on the CPU, where nothing would be hidden. On an accelerator it
+            starts as ``"next_forward"`` and, with ``plan="auto"``, follows what a whole step is predicted to take.
         on_nonfinite: what :meth:`step` does about NaN or infinity in a gradient: raise
             :class:`NonFiniteGradientError`, or skip the step and count it in ``num_skipped_steps``. State and
             parameters are untouched either way.
@@ -138,9 +156,9 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         if device.type == "cpu" and options.policy == "auto":
             options = replace(options, policy="host", rates=None)
         if options.overlap == "auto":
-            hides = device.type != "cpu"
+            hides = device.type != "cpu" and not any(map(is_sharded, params))
             options = replace(options, overlap="next_forward" if hides else "none", chooses_overlap=hides)
-        total_numel = sum(p.numel() for p in params if p.requires_grad)
+        total_numel = sum(local(p).numel() for p in params if p.requires_grad)
         options = replace(options, allocates=self._allocates)
         self._subgroup_numel = resolve_subgroup_numel(options.subgroup_numel, total_numel)
         self._runtime = Runtime(device, options)
@@ -161,6 +179,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
     def _add_to_runtime(self, group_indices: Iterable[int]) -> None:
         """Allocate state for the trainable parameters of these groups that have none yet, after checking them all."""
         packed: dict[StateKind, list[Packed]] = {}
+        empty: list[tuple[Tensor, StateKind]] = []
         numbers = self._numbers()
         for index in group_indices:
             group, params = self.param_groups[index], []
@@ -169,7 +188,9 @@ class OffloadedOptimizer(torch.optim.Optimizer):
                 if (param.requires_grad or param.grad is not None) and param not in self._masters:
                     check_param(param, param_name(group, index, i), self.runtime.device)
                     check_state_kind(kind, param, param_name(group, index, i))
+                    check_overlap(self.runtime.options.overlap, param, param_name(group, index, i))
                     params.append(param)
+            empty += [(param, kind) for param in params if is_sharded(param) and not local(param).numel()]
             packed.setdefault(kind, []).extend(
                 pack(index, params, self._subgroup_numel, alignment=kind.alignment, numbers=numbers)
             )
@@ -177,13 +198,15 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             first = len(self.runtime.subgroups)
             for i, actions in enumerate(self.runtime.add(subgroups, kind)):
                 self._masters.add(first + i, actions, self.rule.torch_names)
+        for param, kind in empty:
+            self._masters.add_empty(param, kind, self.rule.torch_names)
         self._refresh_masters()
 
     def _numbers(self) -> dict[Tensor, int]:
         """Of each parameter's first element, numbering all groups through: what its random bits are drawn by."""
         params = [param for group in self.param_groups for param in group["params"]]
         ends = itertools.accumulate(param.numel() for param in params)
-        return {param: end - param.numel() for param, end in zip(params, ends, strict=True)}
+        return {param: end - param.numel() + shard_offset(param) for param, end in zip(params, ends, strict=True)}
 
     @property
     def runtime(self) -> Runtime:
@@ -216,9 +239,10 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             warnings.warn("step() found no gradients, so it changed nothing: was backward() called?", stacklevel=4)
             return loss
         grads = [param.grad for _, param in params if param.grad is not None]
-        if not all_finite(grads):
+        if not true_on_all_ranks(all_finite(grads), grads):
             self._refuse_nonfinite(params)
             return loss
+        adopt_entries((param for _, param in params), self.state, self._masters, self.synchronize, self.rule.name)
         self._refresh_masters()
         with deferred_signals():  # a step is taken whole, or not at all
             self._run(params, self._grad_scale.value(grads))
@@ -248,7 +272,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
                 self.synchronize()
                 home.restart()
             entry.update(step=torch.tensor(0.0), **home.views())
-            home.fresh = False
+            home.entry, home.fresh = entry, False
         entry["step"] += 1
 
     def _params_with_grad(self) -> list[GroupedParam]:
@@ -258,9 +282,23 @@ class OffloadedOptimizer(torch.optim.Optimizer):
                 if param.grad is not None and param.numel():
                     check_grad(param.grad, param, param_name(group, index, i))
                     found.append((group, param))
-        if any(param not in self._masters for _, param in found):  # frozen when this was constructed, trained now
-            self._add_to_runtime(range(len(self.param_groups)))
+        if any(param not in self._masters for _, param in found):
+            self._follow_params()
         return found
+
+    def _follow_params(self) -> None:
+        """Make state for parameters that were frozen when this was constructed and are trained now.
+
+        If all are others than before (Accelerate puts sharded ones in their place), state is made anew for them, and
+        what was there is freed first.
+        """
+        if self._masters and not any(p in self._masters for group in self.param_groups for p in group["params"]):
+            self.synchronize()
+            self.state.clear()
+            self._forget_runtime()
+            self._build()
+        else:
+            self._add_to_runtime(range(len(self.param_groups)))
 
     def refresh_masters(self) -> None:
         """Take over every parameter's present value.
@@ -276,9 +314,10 @@ class OffloadedOptimizer(torch.optim.Optimizer):
     def _check_param(self, param: Tensor) -> None:
         name, home = self._name_of(param), self._masters[param]
         check_param(param, name, self.runtime.device)
-        if (param.dtype, param.numel()) != (home.actions.dtype, home.item.numel):
+        numel = local(param).numel()
+        if (param.dtype, numel) != (home.actions.dtype, home.item.numel):
             raise ValueError(
-                f"parameter {name} had {home.item.numel} elements of {home.actions.dtype} and now has {param.numel()} "
+                f"parameter {name} had {home.item.numel} elements of {home.actions.dtype} and now has {numel} "
                 f"of {param.dtype}; construct the optimizer after such a change of the model"
             )
 
@@ -287,9 +326,10 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             self.num_skipped_steps += 1
             return
         bad = [self._name_of(p) for _, p in params if p.grad is not None and not all_finite([p.grad])]
+        first = ", ".join(bad[:3]) or "in another rank's shards"
         raise NonFiniteGradientError(
-            f"{len(bad)} of {len(params)} gradients hold NaN or infinity, first: {', '.join(bad[:3])}; nothing was "
-            f"changed. Lower the learning rate or the loss scale, or construct with on_nonfinite='skip'"
+            f"{len(bad)} of {len(params)} gradients hold NaN or infinity, first: {first}; nothing was changed. "
+            f"Lower the learning rate or the loss scale, or construct with on_nonfinite='skip'"
         )
 
     # ---- gradients
@@ -339,10 +379,13 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        params = self.check_state_dict(state_dict)
+        params = [param for group in self.param_groups for param in group["params"]]
+        if any(param.requires_grad and param.numel() and param not in self._masters for param in params):
+            self._follow_params()
+        fitting = self.check_state_dict(state_dict)
         self._refresh_masters()
         try:
-            load_state(self.param_groups, self.state, self._masters, state_dict, params)
+            load_state(self.param_groups, self.state, self._masters, state_dict, fitting)
         except BaseException as error:
             self.runtime.mark_broken(error)
             raise

@@ -19,7 +19,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         frozenset,
         (
             {"limits", "signals", "watchdog"},
-            {"plan", "kernels", "accelerators", "hardware", "processors", "tensor_file"},
+            {"plan", "kernels", "accelerators", "hardware", "processors", "shards", "tensor_file"},
             {
                 "lanes",
                 "accounting",
