@@ -6,10 +6,10 @@ from os import PathLike
 from typing import Any
 
 from offload.hardware import HardwareProfile
+from offload.options import Options
 from offload.perf_model import Rates
 from offload.policy import Stride, parse_overlap, parse_policy
 from offload.pool import Budgets, parse_bytes
-from offload.runtime import Options
 
 # torch's implementation switches, at the values that are true of this optimizer.
 _ACCEPTED_SWITCHES: dict[str, tuple[bool | None, ...]] = {

@@ -12,6 +12,7 @@ compute lane wait for that write. It runs under a lock: backward recomputes forw
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -21,6 +22,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from offload.accelerators import Accelerator
 from offload.executor import await_params, enqueue_update
@@ -196,3 +198,24 @@ class Conductor:
     def _host_join(self, mark: object) -> None:
         if self._accelerator is not None:
             self._accelerator.host_join(mark)
+
+
+def _wait_for_copies(*lanes: Lane) -> None:
+    for lane in lanes:
+        lane.mark().synchronize()
+
+
+def let_land(conductor: Conductor, hooks: Sequence[RemovableHandle], *copies: Lane) -> None:
+    """Keep what is in flight alive until it is done. Nobody is left to hear of an update that fails now."""
+    for hook in hooks:
+        hook.remove()
+
+    def land() -> None:
+        with contextlib.suppress(Exception):
+            conductor.finish()
+        _wait_for_copies(*copies)
+
+    if conductor.in_flight:  # a thread of its own: garbage may be collected in one that the update waits for
+        threading.Thread(target=land, name="offload-landing").start()
+    else:
+        _wait_for_copies(*copies)

@@ -7,7 +7,6 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from os import PathLike
 from typing import Any, Literal
 
 import torch
@@ -15,30 +14,26 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from offload.arguments import check_rounding_seed, param_name, parse_options
-from offload.explain import explain
 from offload.gradients import NonFiniteGradientError, PendingScale, all_finite
 from offload.hardware import HardwareProfile
+from offload.insight import Insight
 from offload.kernels.state import check_state_format
 from offload.layout import Packed, check_grad, check_param, check_state_kind, pack, resolve_subgroup_numel
 from offload.live import publish_if_asked
 from offload.masters import MasterTable
 from offload.optimizer_state import copy_entries, fill_entry, load_state
-from offload.perf_model import Prediction, Rates
-from offload.plan import Plan
+from offload.perf_model import Rates
 from offload.policy import Overlap, Policy
-from offload.pool import MemoryBill
 from offload.record import StepWatch
 from offload.rules import Rule
 from offload.runtime import Runtime
 from offload.state_layout import StateKind
-from offload.timeline import Span
 from offload.updates import GroupedParam, updates_by_subgroup
-from offload.verdict import diagnose, report
 
 OnNonFinite = Literal["error", "skip"]
 
 
-class OffloadedOptimizer(torch.optim.Optimizer):
+class OffloadedOptimizer(Insight):
     """A torch optimizer with its state in host memory, updated on the CPU and on the accelerator as a plan says.
 
     Every placement gives the same bits. The method is that of *Deep Optimizer States* (arXiv 2410.21316). Subclasses in
@@ -356,72 +351,6 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         with torch.no_grad():
             for param, saved in entries.items():
                 self.state[param] = fill_entry(self._masters[param], saved)
-
-    # ---- insight
-
-    @property
-    def plan(self) -> Plan:
-        """The plan of the next step."""
-        return self.runtime.plan
-
-    def set_plan(self, plan: Plan | str) -> None:
-        """Run ``plan`` (a :class:`offload.Plan` or its text) from the next step on. Bits do not depend on it.
-
-        Raises:
-            PlanError, BudgetError: if it does not fit the subgroups, or the memory taken at construction.
-        """
-        self.runtime.set_plan(Plan.parse(plan) if isinstance(plan, str) else plan)
-
-    @property
-    def bill(self) -> MemoryBill:
-        """Bytes taken beyond parameters and gradients."""
-        return self.runtime.bill
-
-    def explain(self) -> str:
-        """Which subgroup is updated where, what it costs in memory, and what the rates measured so far predict.
-
-        After a step that :meth:`time_next_step` asked for, also where its time went, what bound it and what was wrong.
-        """
-        text = explain(self.runtime)
-        if self._step_watch is None or not self._step_watch.has_run or not self.runtime.spans:
-            return text
-        return f"{text}\n{report(diagnose(self._step_watch.record(self.runtime)))}"
-
-    def save_decisions(self, path: str | PathLike[str]) -> None:
-        """Write what ``plan="auto"`` measured and decided as JSON lines, for ``offload explain``.
-
-        Raises:
-            ValueError: if nothing is decided while training: another plan, a model on the CPU, or a budget that lets no
-                state visit the device.
-        """
-        controller = self.runtime.controller
-        if controller is None:
-            raise ValueError("no decisions: only plan='auto' with states that may visit an accelerator takes any")
-        controller.save(path)
-
-    def simulate(self, machine: HardwareProfile | Rates, plan: Plan | None = None) -> Prediction:
-        """Predict one update of these subgroups on a named or measured machine, without running it."""
-        rates = machine if isinstance(machine, Rates) else Rates.from_profile(machine)
-        return self.runtime.simulate(rates, plan)
-
-    def time_next_step(self) -> None:
-        """Measure the next step for :meth:`timeline`. That step waits for every transfer before it returns."""
-        self.runtime.time_next_step = True
-        self._step_watch = StepWatch(self, self.runtime.accelerator)
-
-    def timeline(self) -> list[Span]:
-        """What ran when in the last measured step, in seconds since it began; empty if none was measured."""
-        return list(self.runtime.spans)
-
-    def save_trace(self, path: str | PathLike[str]) -> None:
-        """Write the last step that :meth:`time_next_step` asked for, for ``offload explain`` and for Perfetto.
-
-        Raises:
-            ValueError: if no step was measured so.
-        """
-        if self._step_watch is None:
-            raise ValueError("no step was measured: call time_next_step() before the forward of one")
-        self._step_watch.record(self.runtime).save(path)
 
     def synchronize(self) -> None:
         """Wait for everything in flight. Reading states or editing parameters behind autograd's back needs it."""

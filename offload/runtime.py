@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -16,21 +13,21 @@ from torch.utils.hooks import RemovableHandle
 
 from offload.accelerators import accelerator_for
 from offload.adam import AdamSubgroup, SliceUpdate
-from offload.conductor import Conductor
+from offload.conductor import Conductor, let_land
 from offload.controller import Controller, Decision, Measurement
 from offload.early import EarlyTransfers, watch_gradients
 from offload.executor import run_update
 from offload.homes import Homes, first_plan, settle
 from offload.kernels import default_implementation
-from offload.lanes import Lane, Lanes
+from offload.lanes import Lanes
 from offload.lanes.accelerator import StreamLane, accelerator_lanes
 from offload.lanes.inline import inline_lanes
 from offload.layout import Packed
+from offload.options import Options
 from offload.ordering import check_ordering
 from offload.perf_model import Prediction, Rates, predict
 from offload.plan import Placement, Plan
-from offload.policy import Overlap, Policy
-from offload.pool import BudgetError, Budgets, MemoryBill, Pool, format_bytes
+from offload.pool import BudgetError, MemoryBill, Pool, format_bytes
 from offload.state_layout import ADAM_FP32, StateKind, StateLayout
 from offload.subgroup import Subgroup
 from offload.timeline import Span, elapsed_s
@@ -39,42 +36,9 @@ from offload.timing import StepTimer, work_of
 logger = logging.getLogger("offload")
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What the user asked for, checked."""
-
-    policy: Policy
-    budgets: Budgets
-    subgroup_numel: int | None
-    num_slots: int | None
-    rates: Rates | None = None  # believed until measured, with "auto"
-    overlap: Overlap = "none"
-
-
 def lanes_for(device: torch.device) -> Lanes:
     """Streams and a worker on an accelerator; for parameters on the CPU, everything at once and in order."""
     return inline_lanes() if device.type == "cpu" else accelerator_lanes(device)
-
-
-def _wait_for_copies(*lanes: Lane) -> None:
-    for lane in lanes:
-        lane.mark().synchronize()
-
-
-def _let_land(conductor: Conductor, hooks: Sequence[RemovableHandle], *copies: Lane) -> None:
-    """Keep what is in flight alive until it is done. Nobody is left to hear of an update that fails now."""
-    for hook in hooks:
-        hook.remove()
-
-    def land() -> None:
-        with contextlib.suppress(Exception):
-            conductor.finish()
-        _wait_for_copies(*copies)
-
-    if conductor.in_flight:  # a thread of its own: garbage may be collected in one that the update waits for
-        threading.Thread(target=land, name="offload-landing").start()
-    else:
-        _wait_for_copies(*copies)
 
 
 def _tensors_of(updates: Iterable[SliceUpdate]) -> Iterator[Tensor]:
@@ -120,7 +84,7 @@ class Runtime:
         self._conductor = Conductor(self.lanes.compute, self.accelerator, weakref.WeakMethod(self._break))
         # Pinned memory and slots may go back only when no copy uses them; at exit the device's own teardown waits.
         # Not the host lane: the traceback of a failed update, which it keeps, would keep this runtime.
-        landing = weakref.finalize(self, _let_land, self._conductor, self._hooks, self.lanes.h2d, self.lanes.d2h)
+        landing = weakref.finalize(self, let_land, self._conductor, self._hooks, self.lanes.h2d, self.lanes.d2h)
         landing.atexit = False
 
     # ---- layout and memory

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from offload.runtime import Options
+from offload.options import Options
 
 from .adam_groups import check_group, is_decoupled, scalars_at, state_entries
 from .partition import FlatPartition
