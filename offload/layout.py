@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from offload.adam import ParamSlice
 from offload.pending import PendingTensor
 from offload.state_layout import StateKind
+from offload.watched import WatchedTensor
 
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEFAULT_NUM_SUBGROUPS = 24  # enough to overlap transfers with updates; more only adds launches
@@ -77,7 +78,7 @@ def check_state_kind(kind: StateKind, param: Tensor, name: str) -> None:
 
 def check_grad(grad: Tensor, param: Tensor, name: str) -> None:
     """Raise if the kernels cannot take a gradient."""
-    if not isinstance(grad, PendingTensor) and type(grad) not in (Tensor, nn.Parameter):
+    if not isinstance(grad, (PendingTensor, WatchedTensor)) and type(grad) not in (Tensor, nn.Parameter):
         raise RuntimeError(
             f"the gradient of parameter {name} is a {type(grad).__name__}; only plain tensors are taken: "
             f"set param.grad to the local tensor"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -13,10 +14,13 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from offload.arguments import check_rounding_seed, param_name, parse_options
+from offload.adam import SliceUpdate
+from offload.arguments import check_rounding_seed, check_update_in_backward, param_name, parse_options
+from offload.final_gradients import FinalGradients
 from offload.gradients import NonFiniteGradientError, PendingScale, all_finite
 from offload.hardware import HardwareProfile
 from offload.insight import Insight
+from offload.kernels import Scalars
 from offload.kernels.state import check_state_format
 from offload.layout import Packed, check_grad, check_param, check_state_kind, pack, resolve_subgroup_numel
 from offload.live import publish_if_asked
@@ -28,6 +32,7 @@ from offload.record import StepWatch
 from offload.rules import Rule
 from offload.runtime import Runtime
 from offload.state_layout import StateKind
+from offload.update_in_backward import UpdateInBackward
 from offload.updates import GroupedParam, updates_by_subgroup
 
 OnNonFinite = Literal["error", "skip"]
@@ -117,6 +122,8 @@ class OffloadedOptimizer(Insight):
         self._step_watch: StepWatch | None = None
         self._masters = MasterTable()
         self._grad_scale = PendingScale()
+        self._in_backward: UpdateInBackward | None = None
+        self._final_gradients = FinalGradients()
 
     def _build(self) -> None:
         params = [p for group in self.param_groups for p in group["params"]]
@@ -189,6 +196,8 @@ class OffloadedOptimizer(Insight):
         :meth:`synchronize`, :meth:`state_dict` and the next step wait for that.
         """
         self.runtime.check_usable()
+        if self._in_backward is not None and self._end_update_in_backward(closure):
+            return None
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -207,6 +216,14 @@ class OffloadedOptimizer(Insight):
         return loss
 
     def _run(self, params: Sequence[GroupedParam], grad_scale: float) -> None:
+        updates = self._updates(params, grad_scale)
+        self._grad_scale.forget()
+        params_of = {index: [update.slice.param for update in group] for index, group in updates.items()}
+        masters = self._masters  # not self: an update in flight must not keep the optimizer
+        self.runtime.step(updates, lambda index: masters.note_in_step(params_of[index]))
+
+    def _updates(self, params: Sequence[GroupedParam], grad_scale: float) -> dict[int, list[SliceUpdate]]:
+        """What this step does to ``params``, by subgroup. Counts the step."""
         updates = updates_by_subgroup(
             params,
             self._masters,
@@ -215,12 +232,79 @@ class OffloadedOptimizer(Insight):
             grad_scale=grad_scale,
             rounding_seed=self.rounding_seed,
         )
-        self._grad_scale.forget()
         for _, param in params:
             self._count_step(param)
-        masters = self._masters  # not self: an update in flight must not keep the optimizer
-        params_of = {index: [update.slice.param for update in group] for index, group in updates.items()}
-        self.runtime.step(updates, lambda index: masters.note_in_step(params_of[index]))
+        return updates
+
+    @contextmanager
+    def update_in_backward(self) -> Iterator[None]:
+        """Let the update begin in the backward pass within: its gradients are final, and nothing will clip them.
+
+        ::
+
+            with optimizer.update_in_backward():
+                loss.backward()
+            optimizer.step()
+
+        Each subgroup is updated once backward has made its gradients, with the hyper-parameters of that moment;
+        :meth:`step` ends the step. For accumulation, only the last micro-batch's backward belongs in here. Not together
+        with ``GradScaler``, or with gradients that are reduced over ranks afterwards. The first such step, and steps
+        that are measured, update after backward; so does every step with ``overlap="none"``.
+
+        Raises:
+            RuntimeError: here, if the last such step was not ended by :meth:`step`; within, where a parameter is read
+                after its update has begun, or a gradient is added to one that was used; later, in
+                :meth:`clip_grad_norm_`; and in :meth:`step`, if gradients or hyper-parameters were changed after the
+                update had read them. That step is done then, without the change.
+            NonFiniteGradientError: in :meth:`step`. As the update has begun by then, this one breaks the optimizer; so
+                does an error in backward after the first update began.
+            ValueError: with ``on_nonfinite="skip"``, and in a program of several ranks.
+        """
+        check_update_in_backward(self.on_nonfinite, pending=self._in_backward is not None)
+        self.runtime.finish()
+        self._grad_scale.forget()
+        self._add_to_runtime(range(len(self.param_groups)))  # what was frozen when this was constructed
+        named = {
+            param: (group, param_name(group, index, i))
+            for index, group in enumerate(self.param_groups)
+            for i, param in enumerate(group["params"])
+        }
+        params_of = [[item.param for item in actions.slices] for actions in self.runtime.actions]
+        masters = self._masters
+
+        def updates_of(index: int) -> Sequence[SliceUpdate]:
+            params = [param for param in params_of[index] if param in named and param.grad is not None]
+            for param in params:
+                assert param.grad is not None
+                check_grad(param.grad, param, named[param][1])
+            if any(masters[param].changed for param in params):
+                raise RuntimeError("a parameter was edited within update_in_backward(): edit it before")
+            return self._updates([(named[param][0], param) for param in params], 1.0).get(index, [])
+
+        settled: Callable[[int], None] = lambda index: masters.note_in_step(params_of[index])  # noqa: E731
+        self._in_backward = update = UpdateInBackward(self.runtime, updates_of, settled, self._final_gradients)
+        try:
+            yield
+            update.close()
+        except BaseException as error:
+            self._in_backward = None
+            update.cancel(error)
+            raise
+
+    def _end_update_in_backward(self, closure: object) -> bool:
+        """Whether the step is done: not if it was not to begin in backward."""
+        update, self._in_backward = self._in_backward, None
+        assert update is not None
+        if closure is not None:
+            raise ValueError("step(closure) after update_in_backward(): the closure would run another backward pass")
+        if update.runs_in_backward:
+            update.end(self._params_with_grad(), self._scalars_now, self._name_of)
+        return update.runs_in_backward
+
+    def _scalars_now(self, grouped: GroupedParam) -> Scalars:
+        """Of the step that was counted last."""
+        group, param = grouped
+        return self.rule.scalars(group, step=int(self.state[param]["step"]))
 
     def _count_step(self, param: Tensor) -> None:
         """Count one more step of ``param`` in its entry of ``self.state``, which is made at its first step."""
@@ -285,6 +369,11 @@ class OffloadedOptimizer(Insight):
         Returns torch's total norm, bit for bit, wherever subgroups are updated. The coefficient is multiplied in
         float32 inside the update instead of in a pass of its own, so ``param.grad`` keeps its values.
         """
+        if self._in_backward is not None:
+            raise RuntimeError(
+                "clip_grad_norm_ after update_in_backward(): the update has begun without the coefficient, which needs "
+                "every gradient first; call step() to end this step, and leave the context out where you clip"
+            )
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None and p.numel()]
         return self._grad_scale.clip(grads, max_norm, norm_type, error_if_nonfinite, foreach)
 

@@ -17,6 +17,7 @@ from offload.conductor import Conductor, let_land
 from offload.controller import Controller, Decision, Measurement
 from offload.early import EarlyTransfers, watch_gradients
 from offload.executor import run_update
+from offload.final_gradients import in_order_of
 from offload.homes import Homes, first_plan, settle
 from offload.kernels import default_implementation
 from offload.lanes import Lanes
@@ -24,9 +25,9 @@ from offload.lanes.accelerator import StreamLane, accelerator_lanes
 from offload.lanes.inline import inline_lanes
 from offload.layout import Packed
 from offload.options import Options
-from offload.ordering import check_ordering
+from offload.ordering import check_ordering, check_ordering_in_backward
 from offload.perf_model import Prediction, Rates, predict
-from offload.plan import Placement, Plan
+from offload.plan import OpKind, Placement, Plan
 from offload.pool import BudgetError, MemoryBill, Pool, format_bytes
 from offload.state_layout import ADAM_FP32, StateKind, StateLayout
 from offload.subgroup import Subgroup
@@ -80,8 +81,10 @@ class Runtime:
         self._broken: BaseException | None = None
         with_gradients = options.overlap == "backward"
         self._early = EarlyTransfers(self.lanes, self.pool, self.actions, with_gradients=with_gradients)
+        self._arrived_in_open_step: Callable[[int, int], None] | None = None
+        self._plan_in_backward: Plan | None = None  # the last one that was checked
         self._hooks: list[RemovableHandle] = []
-        self._conductor = Conductor(self.lanes.compute, self.accelerator, weakref.WeakMethod(self._break))
+        self._conductor = Conductor(self.lanes.compute, self.accelerator, weakref.WeakMethod(self.abandon))
         # Pinned memory and slots may go back only when no copy uses them; at exit the device's own teardown waits.
         # Not the host lane: the traceback of a failed update, which it keeps, would keep this runtime.
         landing = weakref.finalize(self, let_land, self._conductor, self._hooks, self.lanes.h2d, self.lanes.d2h)
@@ -267,7 +270,7 @@ class Runtime:
                 self.lanes.synchronize()
                 self.spans = timer.spans()
         except BaseException as error:
-            self._break(error)
+            self.abandon(error)
             for index in updates:
                 self.actions[index].end_step()
             raise
@@ -275,19 +278,85 @@ class Runtime:
         if observed:
             self._observe(plan)
 
-    def _gradient_arrived(self, index: int) -> None:
+    # ---- a step that begins in backward
+
+    def open_step(
+        self, order: Sequence[int], arrived: Callable[[int, int], None], settled: Callable[[int], None]
+    ) -> bool:
+        """Begin a step before its gradients are there, to be followed by :meth:`begin_subgroup` for each subgroup.
+
+        Args:
+            order: in which gradients are expected to become final.
+            arrived: called in backward, after each accumulation, with the indices of the subgroup and of the parameter
+                in it.
+            settled: as in :meth:`step`.
+
+        Returns:
+            Whether it did: not if nothing is to run beside backward, or the next step is to be measured.
+        """
+        self.finish()
+        if self.options.overlap == "none" or self._will_be_timed:
+            return False
+        plan = in_order_of(self._plan, list(order))
+        if plan != self._plan_in_backward:
+            check_ordering_in_backward([plan, plan], self.subgroups)
+            self._plan_in_backward = plan
+        begun = [op for op in self._early.take(plan) if op.kind is OpKind.PREFETCH]
+        self._arrived_in_open_step = arrived
+        self._conductor.open(
+            plan,
+            self.subgroups,
+            self.pool.slots,
+            self.pool.stagings,
+            self.lanes,
+            partial(_settle, self.actions, settled),
+            begun=begun,
+        )
+        return True
+
+    def begin_subgroup(self, index: int, updates: Sequence[SliceUpdate]) -> None:
+        """Let the update of one subgroup follow what the compute lane was given so far; ``updates`` may be empty."""
+        self.actions[index].begin_step(updates)
+        self._conductor.begin(index, _tensors_of(updates))
+
+    def close_step(self) -> None:
+        """Every subgroup was begun. Parameters and gradients are pending from here on, as after :meth:`step`."""
+        self._arrived_in_open_step = None
+        self._conductor.close()
+        self._num_steps += 1
+
+    def cancel_step(self, error: BaseException | None) -> None:
+        """Give up an open step; ``error`` is what broke it if some of it was begun, None if nothing was."""
+        self._arrived_in_open_step = None
+        self._conductor.cancel()
+        for actions in self.actions:
+            actions.end_step()
+        if error is not None:
+            self.abandon(error)
+        else:
+            self.lanes.synchronize()  # of states that came up for nothing
+
+    def _gradient_arrived(self, index: int, position: int) -> None:
         """In backward, in a thread of autograd's."""
-        will_be_timed = self.time_next_step or (self.controller is not None and self.controller.wants(self._num_steps))
-        if self._broken is None and not will_be_timed:
+        if self._arrived_in_open_step is not None:
+            self._arrived_in_open_step(index, position)
+        elif self._broken is None and not self._will_be_timed:
             self._conductor.finish()
             self._early.arrived(self.subgroups[index], self._plan, self.subgroups)
+
+    @property
+    def _will_be_timed(self) -> bool:
+        return self.time_next_step or (self.controller is not None and self.controller.wants(self._num_steps))
+
+    # ---- order and errors
 
     def finish(self) -> None:
         """Settle what an overlapped step left pending, on the current stream, and return when it is all enqueued."""
         self.check_usable()
         self._conductor.finish()
 
-    def _break(self, error: BaseException) -> None:
+    def abandon(self, error: BaseException) -> None:
+        """Refuse every later step: ``error`` left parameters or state half updated."""
         self._broken = error
 
     def synchronize(self) -> None:

@@ -7,6 +7,7 @@ import gc
 import io
 import itertools
 import random
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -360,6 +361,9 @@ def test_an_optimizer_dropped_in_flight_lands(sim: ModuleType) -> None:
     model.zero_grad()
     del optimizer
     gc.collect()
+    for thread in threading.enumerate():
+        if thread.name == "offload-landing":
+            thread.join()
     assert_same_bits(snapshot(model), snapshot(expected))
     assert all(type(param) is nn.Parameter for param in model.parameters())
     assert torch.accelerator.memory_allocated() < allocated
