@@ -10,7 +10,7 @@ import torch
 from offload.hardware import HardwareProfile
 from offload.options import Options
 from offload.perf_model import Rates
-from offload.policy import Stride, parse_overlap, parse_policy
+from offload.policy import Overlap, Stride, parse_overlap, parse_policy
 from offload.pool import Budgets, parse_bytes
 
 # torch's implementation switches, at the values that are true of this optimizer.
@@ -52,6 +52,15 @@ def check_update_in_backward(on_nonfinite: str, *, pending: bool) -> None:
         raise ValueError(
             f"update_in_backward() in a program of {num_ranks} ranks: gradients are reduced over ranks after backward "
             f"has made them; leave the context out"
+        )
+
+
+def check_overlap(overlap: Overlap) -> None:
+    """Raise ValueError if gradients would go down before they were reduced over ranks."""
+    if overlap == "backward" and (num_ranks := num_distributed_ranks()) > 1:
+        raise ValueError(
+            f"overlap='backward' in a program of {num_ranks} ranks: gradients would be copied before they are reduced "
+            f"over ranks, which autograd does not see; use 'next_forward'"
         )
 
 

@@ -2,43 +2,25 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
 
 from offload.adam import SliceUpdate
-from offload.arguments import check_rounding_seed, check_update_in_backward, param_name, parse_options
+from offload.arguments import check_update_in_backward, param_name
 from offload.final_gradients import FinalGradients
 from offload.gradients import NonFiniteGradientError, PendingScale, all_finite
-from offload.hardware import HardwareProfile
-from offload.insight import Insight
 from offload.kernels import Scalars
-from offload.kernels.state import check_state_format
-from offload.layout import Packed, check_grad, check_param, check_state_kind, pack, resolve_subgroup_numel
-from offload.live import publish_if_asked
-from offload.masters import MasterTable
-from offload.optimizer_state import copy_entries, fill_entry, load_state
-from offload.perf_model import Rates
-from offload.policy import Overlap, Policy
-from offload.record import StepWatch
-from offload.rules import Rule
-from offload.runtime import Runtime
-from offload.state_layout import StateKind
+from offload.layout import check_grad
+from offload.offloaded_state import OffloadedState
 from offload.update_in_backward import UpdateInBackward
 from offload.updates import GroupedParam, updates_by_subgroup
 
-OnNonFinite = Literal["error", "skip"]
 
-
-class OffloadedOptimizer(Insight):
+class OffloadedOptimizer(OffloadedState):
     """A torch optimizer with its state in host memory, updated on the CPU and on the accelerator as a plan says.
 
     Every placement gives the same bits. The method is that of *Deep Optimizer States* (arXiv 2410.21316). Subclasses in
@@ -75,113 +57,11 @@ class OffloadedOptimizer(Insight):
         offload.BudgetError: if a budget does not hold what is asked for.
     """
 
-    rule: Rule
-
-    def __init__(
-        self,
-        params: ParamsT,
-        defaults: dict[str, Any],
-        *,
-        plan: Policy | str = "auto",
-        device_budget: int | str | None = None,
-        host_budget: int | str | None = None,
-        pinned_budget: int | str | None = None,
-        subgroup_numel: int | None = None,
-        num_slots: int | None = None,
-        profile: HardwareProfile | Rates | str | None = None,
-        overlap: Overlap = "auto",
-        on_nonfinite: OnNonFinite = "error",
-        state_format: str = "fp32",
-        rounding_seed: int = 0,
-    ) -> None:
-        if on_nonfinite not in ("error", "skip"):
-            raise ValueError(f"on_nonfinite={on_nonfinite!r} is neither 'error' nor 'skip'")
-        self._options = parse_options(
-            plan=plan,
-            device_budget=device_budget,
-            host_budget=host_budget,
-            pinned_budget=pinned_budget,
-            subgroup_numel=subgroup_numel,
-            num_slots=num_slots,
-            profile=profile,
-            overlap=overlap,
-        )
-        self.state_format = check_state_format(state_format)
-        self.rounding_seed = check_rounding_seed(rounding_seed)
-        self.on_nonfinite = on_nonfinite
-        self.num_skipped_steps = 0
-        self._forget_runtime()
-        super().__init__(params, defaults)
-        self._build()
-        publish_if_asked(self)
-
-    # ---- construction
-
     def _forget_runtime(self) -> None:
-        self._runtime: Runtime | None = None
-        self._step_watch: StepWatch | None = None
-        self._masters = MasterTable()
+        super()._forget_runtime()
         self._grad_scale = PendingScale()
         self._in_backward: UpdateInBackward | None = None
         self._final_gradients = FinalGradients()
-
-    def _build(self) -> None:
-        params = [p for group in self.param_groups for p in group["params"]]
-        trainable = [p for p in params if p.requires_grad] or params
-        device, options = trainable[0].device if trainable else torch.device("cpu"), self._options
-        if device.type == "cpu" and options.policy == "auto":
-            options = replace(options, policy="host", rates=None)
-        if options.overlap == "auto":
-            options = replace(options, overlap="none" if device.type == "cpu" else "next_forward")
-        total_numel = sum(p.numel() for p in params if p.requires_grad)
-        self._subgroup_numel = resolve_subgroup_numel(options.subgroup_numel, total_numel)
-        self._runtime = Runtime(device, options)
-        self._add_to_runtime(range(len(self.param_groups)))
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group, as in torch; its state is allocated at once, within the budgets."""
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        try:
-            self.rule.scalars(group, step=1)  # refuses hyper-parameters out of range
-            if self._runtime is not None:
-                self._add_to_runtime([len(self.param_groups) - 1])
-        except BaseException:
-            self.param_groups.pop()
-            raise
-
-    def _add_to_runtime(self, group_indices: Iterable[int]) -> None:
-        """Allocate state for the trainable parameters of these groups that have none yet, after checking them all."""
-        packed: dict[StateKind, list[Packed]] = {}
-        numbers = self._numbers()
-        for index in group_indices:
-            group, params = self.param_groups[index], []
-            kind = StateKind(self.state_format, self.rule.moments(group))
-            for i, param in enumerate(group["params"]):
-                if (param.requires_grad or param.grad is not None) and param not in self._masters:
-                    check_param(param, param_name(group, index, i), self.runtime.device)
-                    check_state_kind(kind, param, param_name(group, index, i))
-                    params.append(param)
-            packed.setdefault(kind, []).extend(
-                pack(index, params, self._subgroup_numel, alignment=kind.alignment, numbers=numbers)
-            )
-        for kind, subgroups in packed.items():
-            first = len(self.runtime.subgroups)
-            for i, actions in enumerate(self.runtime.add(subgroups, kind)):
-                self._masters.add(first + i, actions, self.rule.torch_names)
-        self._refresh_masters()
-
-    def _numbers(self) -> dict[Tensor, int]:
-        """Of each parameter's first element, numbering all groups through: what its random bits are drawn by."""
-        params = [param for group in self.param_groups for param in group["params"]]
-        ends = itertools.accumulate(param.numel() for param in params)
-        return {param: end - param.numel() for param, end in zip(params, ends, strict=True)}
-
-    @property
-    def runtime(self) -> Runtime:
-        """The runtime underneath: subgroups, plan, bill and lanes."""
-        assert self._runtime is not None
-        return self._runtime
 
     # ---- the step
 
@@ -235,6 +115,40 @@ class OffloadedOptimizer(Insight):
         for _, param in params:
             self._count_step(param)
         return updates
+
+    def _count_step(self, param: Tensor) -> None:
+        """Count one more step of ``param`` in its entry of ``self.state``, which is made at its first step."""
+        entry, home = self.state[param], self._masters[param]
+        if not entry:
+            if not home.fresh:  # a user cleared the state: start again from zero, as torch does
+                self.synchronize()
+                home.restart()
+            entry.update(step=torch.tensor(0.0), **home.views())
+            home.fresh = False
+        entry["step"] += 1
+
+    def _params_with_grad(self) -> list[GroupedParam]:
+        found = []
+        for index, group in enumerate(self.param_groups):
+            for i, param in enumerate(group["params"]):
+                if param.grad is not None and param.numel():
+                    check_grad(param.grad, param, param_name(group, index, i))
+                    found.append((group, param))
+        if any(param not in self._masters for _, param in found):  # frozen when this was constructed, trained now
+            self._add_to_runtime(range(len(self.param_groups)))
+        return found
+
+    def _refuse_nonfinite(self, params: Sequence[GroupedParam]) -> None:
+        if self.on_nonfinite == "skip":
+            self.num_skipped_steps += 1
+            return
+        bad = [self._name_of(p) for _, p in params if p.grad is not None and not all_finite([p.grad])]
+        raise NonFiniteGradientError(
+            f"{len(bad)} of {len(params)} gradients hold NaN or infinity, first: {', '.join(bad[:3])}; nothing was "
+            f"changed. Lower the learning rate or the loss scale, or construct with on_nonfinite='skip'"
+        )
+
+    # ---- the step that begins in backward
 
     @contextmanager
     def update_in_backward(self) -> Iterator[None]:
@@ -306,58 +220,6 @@ class OffloadedOptimizer(Insight):
         group, param = grouped
         return self.rule.scalars(group, step=int(self.state[param]["step"]))
 
-    def _count_step(self, param: Tensor) -> None:
-        """Count one more step of ``param`` in its entry of ``self.state``, which is made at its first step."""
-        entry, home = self.state[param], self._masters[param]
-        if not entry:
-            if not home.fresh:  # a user cleared the state: start again from zero, as torch does
-                self.synchronize()
-                home.restart()
-            entry.update(step=torch.tensor(0.0), **home.views())
-            home.fresh = False
-        entry["step"] += 1
-
-    def _params_with_grad(self) -> list[GroupedParam]:
-        found = []
-        for index, group in enumerate(self.param_groups):
-            for i, param in enumerate(group["params"]):
-                if param.grad is not None and param.numel():
-                    check_grad(param.grad, param, param_name(group, index, i))
-                    found.append((group, param))
-        if any(param not in self._masters for _, param in found):  # frozen when this was constructed, trained now
-            self._add_to_runtime(range(len(self.param_groups)))
-        return found
-
-    def refresh_masters(self) -> None:
-        """Take over every parameter's present value.
-
-        Needed only after edits through ``param.data``, which autograd's version counter does not see; all others
-        (``param.copy_``, ``model.load_state_dict``, ...) are taken over by the next step.
-        """
-        self._refresh_masters(all_=True)
-
-    def _refresh_masters(self, *, all_: bool = False) -> None:
-        self._masters.refresh(self.synchronize, self._check_param, all_=all_)
-
-    def _check_param(self, param: Tensor) -> None:
-        name, home = self._name_of(param), self._masters[param]
-        check_param(param, name, self.runtime.device)
-        if (param.dtype, param.numel()) != (home.actions.dtype, home.item.numel):
-            raise ValueError(
-                f"parameter {name} had {home.item.numel} elements of {home.actions.dtype} and now has {param.numel()} "
-                f"of {param.dtype}; construct the optimizer after such a change of the model"
-            )
-
-    def _refuse_nonfinite(self, params: Sequence[GroupedParam]) -> None:
-        if self.on_nonfinite == "skip":
-            self.num_skipped_steps += 1
-            return
-        bad = [self._name_of(p) for _, p in params if p.grad is not None and not all_finite([p.grad])]
-        raise NonFiniteGradientError(
-            f"{len(bad)} of {len(params)} gradients hold NaN or infinity, first: {', '.join(bad[:3])}; nothing was "
-            f"changed. Lower the learning rate or the loss scale, or construct with on_nonfinite='skip'"
-        )
-
     # ---- gradients
 
     @torch.no_grad()
@@ -381,75 +243,3 @@ class OffloadedOptimizer(Insight):
         """As torch's; also forgets a clip coefficient that no step has used."""
         self._grad_scale.forget()
         super().zero_grad(set_to_none)
-
-    # ---- state
-
-    def state_dict(self) -> dict[str, Any]:
-        """State in the schema of torch's optimizer, as tensors that share memory with this one.
-
-        Parameters that are not float32 have one entry more, ``master``: their float32 values. State in another format
-        than fp32 has names of its own, see :mod:`offload.state_entries`, and is copied. Its masters are whole only
-        together with the parameters, so save the model with it.
-        """
-        self.synchronize()
-        state_dict = super().state_dict()
-        if self.state_format != "fp32":  # torch.save refuses views of one memory in several dtypes
-            state_dict["state"] = copy_entries(state_dict["state"])
-        return state_dict
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load state saved by this class under any plan, budgets and format, or by torch's class of that name.
-
-        From the same format every bit is taken. Into another, load the model first: half of each master may be there.
-
-        Raises:
-            ValueError: if the state is another model's; nothing is loaded then.
-        """
-        self.synchronize()
-        state_dict = state_dict.copy()  # as torch does: hooks may set keys without changing the caller's
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            changed = hook(self, state_dict)
-            state_dict = state_dict if changed is None else changed
-        self._refresh_masters()
-        load_state(self.param_groups, self.state, self._masters, state_dict, self.rule.name)
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For pickle and deepcopy: options, groups and state; memory, streams and the worker are made anew."""
-        self.synchronize()
-        return {
-            "defaults": self.defaults,
-            "param_groups": self.param_groups,
-            "state": copy_entries(self.state),
-            "_options": self._options,
-            "on_nonfinite": self.on_nonfinite,
-            "state_format": self.state_format,
-            "rounding_seed": self.rounding_seed,
-            "num_skipped_steps": self.num_skipped_steps,
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if "_options" not in state:  # torch's own load_state_dict path passes groups only
-            return
-        entries, self.state = self.state, defaultdict(dict)
-        self._forget_runtime()
-        self._build()
-        with torch.no_grad():
-            for param, saved in entries.items():
-                self.state[param] = fill_entry(self._masters[param], saved)
-
-    def synchronize(self) -> None:
-        """Wait for everything in flight. Reading states or editing parameters behind autograd's back needs it."""
-        self.runtime.synchronize()
-
-    def _name_of(self, param: Tensor) -> str:
-        names = (
-            param_name(group, index, i)
-            for index, group in enumerate(self.param_groups)
-            for i, other in enumerate(group["params"])
-            if other is param
-        )
-        return next(names, "(in no group now)")

@@ -40,7 +40,7 @@ def watch(tensor: Tensor) -> None:
 def unwatch(tensor: Tensor) -> None:
     """Make ``tensor`` what it was; nothing if it is not watched."""
     if type(tensor) is WatchedTensor:
-        tensor.__class__ = Tensor
+        tensor.__class__ = Tensor  # type: ignore[assignment]
 
 
 def _watched_in(value: Any) -> Iterator[Tensor]:

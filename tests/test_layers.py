@@ -46,6 +46,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
             {"record", "live", "update_in_backward"},
             {"arguments", "explain", "verdict"},
             {"insight"},
+            {"offloaded_state"},
             {"optimizer", "compat"},
             {"optimizers"},
             {"interconnect"},

