@@ -23,9 +23,8 @@ DOWNCAST_HOST_BYTES = 6  # a thread reads masters (4) and writes 16-bit paramete
 STATE_BYTES = 12
 VISIT_STALL_S = 0.012  # joining the copies, plugging states into torch's optimizer and launching it
 
-SEQUENCE = 2048
 FORWARD_OPERATIONS = 2  # per parameter and token
-BACKWARD_OPERATIONS = 6  # with recomputation: activation checkpointing is on
+BACKWARD_OPERATIONS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +47,7 @@ class Times:
 
 def simulate(run: Run, profile: HardwareProfile, tables: Tables) -> Times:
     """Simulate one iteration of ``run``: each phase from idle lanes, as the artifact synchronizes between them."""
-    numels = tables.numels_of(run.model, profile.num_ranks_per_node)
+    numels = tables.numels_of(run.model, run.num_ranks, run.subgroup_size)
     num_on_cpu = int(run.cpu_ratio * len(numels))  # the tail is resident on the device
     program = _Artifact(run, profile, tables.models[run.model].num_layers, numels, num_on_cpu)
     return Times(
@@ -65,15 +64,15 @@ class _Artifact:
     num_on_cpu: int
 
     def _lanes(self) -> tuple[VirtualMachine, Lanes]:
-        rates = Rates.from_profile(self.profile)
+        rates = Rates.from_profile(self.profile, num_ranks=min(self.run.num_ranks, self.profile.num_ranks_per_node))
         machine = VirtualMachine(rates.host_dram_bytes_per_s)
         # One set of device buffers: states go down before the next come up, in the same streams.
         return machine, rates.lanes(machine, serial_link=self.run.schedule == "interleaved")
 
     def _layer_s(self, operations: int, latency_s: float) -> float:
         """Seconds of arithmetic of one layer. A rank computes with all parameters, of which it owns its share."""
-        numel = sum(self.numels) * self.profile.num_ranks_per_node / self.num_layers
-        num_tokens = SEQUENCE * self.run.micro_batch
+        numel = sum(self.numels) * self.run.num_ranks / self.num_layers
+        num_tokens = self.run.sequence * self.run.micro_batch
         return operations * numel * num_tokens / self.profile.device_flops + latency_s
 
     def _visits_device(self, i: int) -> bool:
@@ -92,8 +91,9 @@ class _Artifact:
         owned = sum(self.numels) // self.num_layers
         on_cpu = sum(n for i, n in enumerate(self.numels[: self.num_on_cpu]) if not self._visits_device(i))
         on_cpu //= self.num_layers
+        operations = BACKWARD_OPERATIONS + (FORWARD_OPERATIONS if self.run.recompute else 0)
         for layer in range(self.num_layers):
-            seconds = self._layer_s(BACKWARD_OPERATIONS, self.profile.backward_layer_latency_s)
+            seconds = self._layer_s(operations, self.profile.backward_layer_latency_s)
             done = lanes.compute.submit(TimedWork(f"backward {layer}", seconds=seconds))
             done = lanes.d2h.submit(Work(f"16-bit down {layer}", num_bytes=2 * owned), after=(done,))
             done = lanes.h2d.submit(Work(f"16-bit up {layer}", num_bytes=2 * owned), after=(done,))

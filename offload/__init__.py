@@ -14,6 +14,7 @@ from offload.pool import BudgetError
 
 if TYPE_CHECKING:
     from offload.calibration import calibrate
+    from offload.checkpoint import CheckpointError, load, save
     from offload.estimate import measured_budget
     from offload.live import LiveStatus
     from offload.module_waits import wait_in_modules
@@ -23,9 +24,12 @@ __version__ = "0.1.0"
 
 # Imported when first asked for: a training script seldom does.
 _LAZY = {
+    "CheckpointError": "offload.checkpoint",
     "LiveStatus": "offload.live",
     "calibrate": "offload.calibration",
+    "load": "offload.checkpoint",
     "measured_budget": "offload.estimate",
+    "save": "offload.checkpoint",
     "wait_in_modules": "offload.module_waits",
     "StreamHandle": "offload.streaming",
     "StreamPlan": "offload.streaming",
@@ -46,6 +50,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "BudgetError",
+    "CheckpointError",
     "HardwareProfile",
     "Lion",
     "LiveStatus",
@@ -63,8 +68,10 @@ __all__ = [
     "StreamPlan",
     "Stride",
     "calibrate",
+    "load",
     "lower",
     "measured_budget",
+    "save",
     "stream",
     "stream_from_pretrained",
     "wait_in_modules",

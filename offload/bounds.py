@@ -6,14 +6,13 @@ the bound. Filling and draining the pipeline, latencies and waits come on top: t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from offload.perf_model import Rates
 from offload.plan import OpKind, Plan
 from offload.subgroup import FLOAT32_BYTES, Subgroup
-
-_STEPS = 64  # each narrows the interval of the best share to two thirds
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,21 +131,19 @@ def all_device_bound(update: Update, rates: Rates) -> Bound:
 
 
 def best_split(update: Update, rates: Rates) -> tuple[float, Bound]:
-    """The share of device updates whose bound is lowest, and that bound.
+    """The share of device updates whose bound is lowest, and that bound; of equal shares the smallest.
 
-    Every resource's time is piecewise linear in the share, so the longest of them is convex. Where cores and link bind
-    the share is ``(B - 2U) / (B + 10U)`` and the bound ``12 N / (B + 10U)``.
+    In closed form, for links of any two rates: each resource's time is linear in the share, since the direction with
+    more bytes is the same for every share. So the longest of them is least at an end or where two of them cross. Where
+    cores and one direction of B bytes/s bind, that is ``(B - 2U) / (B + 10U)``, and the bound ``12 N / (B + 10U)``.
     """
-
-    def seconds(share: float) -> float:
-        return bound_of(update.load(share), rates).seconds
-
-    low, high = 0.0, 1.0
-    for _ in range(_STEPS):
-        third = (high - low) / 3
-        if seconds(low + third) <= seconds(high - third):  # of equals the smaller share, which moves fewer bytes
-            high -= third
-        else:
-            low += third
-    share = min((0.0, (low + high) / 2, 1.0), key=seconds)
+    at_none, at_all = (list(bound_of(update.load(share), rates).seconds_of.values()) for share in (0.0, 1.0))
+    lines = [(start, end - start) for start, end in zip(at_none, at_all, strict=True)]
+    crossings = [
+        (start - other) / (other_slope - slope)
+        for (start, slope), (other, other_slope) in itertools.combinations(lines, 2)
+        if slope != other_slope
+    ]
+    shares = sorted({0.0, 1.0, *(share for share in crossings if 0 < share < 1)})
+    share = min(shares, key=lambda share: max(start + slope * share for start, slope in lines))
     return share, bound_of(update.load(share), rates)

@@ -22,7 +22,7 @@ from offload.kernels import AdamScalars, adam_step
 DEFAULT_NUMEL = 1 << 24  # parameters of an update that is timed; its fp32 state is 192 MiB
 REPEATS = 5
 LATENCY_BYTES = 4096
-MATMUL_WIDTH = 1024
+MATMUL_WIDTH = 1024  # of the matrices whose product is timed; half the root of the parameters where those are few
 # Host memory traffic of an update, a parameter with bfloat16 gradients: see Subgroup.host_update_bytes.
 UPDATE_HOST_BYTES = {"fp32": 28, "split16": 26, "bf16": 18, "int8": 14.125}
 
@@ -88,7 +88,8 @@ class _Bench:
         taken_up, taken_down = (
             self._taken(host_alone, target, source) for target, source in ((on_device, on_host), (back, on_device))
         )
-        matmul = f"matmul of {MATMUL_WIDTH} x {MATMUL_WIDTH} in bfloat16"
+        width = min(MATMUL_WIDTH, math.isqrt(self.numel) // 2)
+        matmul = f"matmul of {width} x {width} in bfloat16"
         return {
             "h2d_bytes_per_s": (up, f"{size} to the device"),
             "d2h_bytes_per_s": (down, f"{size} from the device"),
@@ -104,7 +105,7 @@ class _Bench:
             "device_update_params_per_s": (self._device_update(), f"fused update of {self.numel} parameters"),
             "device_memory_bytes": (self.accelerator.memory().total_bytes, "the device's own count"),
             "device_memory_bytes_per_s": (self._device_copy(), "a copy within device memory, bytes read and written"),
-            "device_flops": (self._matmul(), matmul),
+            "device_flops": (self._matmul(width), matmul),
         }
 
     # ---- clocks
@@ -210,9 +211,9 @@ class _Bench:
         source, target = self._empty(3 * self.numel, torch.float32), self._empty(3 * self.numel, torch.float32)
         return 2 * source.nbytes / self._device_s(lambda: target.copy_(source))
 
-    def _matmul(self) -> float:
-        a = self._empty(MATMUL_WIDTH**2, torch.bfloat16).zero_().view(MATMUL_WIDTH, MATMUL_WIDTH)
-        return 2 * MATMUL_WIDTH**3 / self._device_s(lambda: a @ a)
+    def _matmul(self, width: int) -> float:
+        a = self._empty(width**2, torch.bfloat16).zero_().view(width, width)
+        return 2 * width**3 / self._device_s(lambda: a @ a)
 
 
 _LEAST_TAKEN = 0.01  # a profile's figures are positive

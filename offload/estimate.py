@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from offload.hardware import HardwareProfile
+from offload.layer_costs import BACKWARD_OPERATIONS, FORWARD_OPERATIONS, Layer
 from offload.monitor import MemoryMonitor
-from offload.phases import BACKWARD_OPERATIONS, FORWARD_OPERATIONS, Layer
 from offload.pool import MemoryBill, format_bytes, parse_bytes
 
 # What the allocator cannot use, because free blocks have other sizes than what is asked for, over what is in use.
@@ -277,6 +277,7 @@ def estimate_memory(
     num_ranks: int = 1,
     num_ranks_per_node: int = 1,
     zero_stage: int = 3,
+    grad_itemsize: int | None = None,
     fragmentation: float = FRAGMENTATION,
 ) -> MemoryEstimate:
     """Memory of one of ``num_ranks`` data-parallel ranks.
@@ -285,6 +286,7 @@ def estimate_memory(
         bill: what the optimizer takes; None for nothing (to learn what is left for it).
         zero_stage: what ZeRO shards over the ranks: states from 1, gradients from 2, parameters from 3. One gathered
             layer stands beside sharded parameters.
+        grad_itemsize: bytes of one gradient; None for those of a parameter.
     """
     if zero_stage not in ZERO_STAGES:
         raise ValueError(f"zero_stage={zero_stage} is unknown; give one of {ZERO_STAGES}")
@@ -296,7 +298,7 @@ def estimate_memory(
         param_bytes = model_bytes // num_ranks + model_bytes // cost.num_layers
     return MemoryEstimate(
         param_bytes=param_bytes,
-        grad_bytes=model_bytes // (num_ranks if zero_stage >= 2 else 1),
+        grad_bytes=cost.numel * (grad_itemsize or cost.param_itemsize) // (num_ranks if zero_stage >= 2 else 1),
         saved_bytes=cost.saved_bytes,
         working_bytes=max(cost.working_bytes, cost.head_bytes),
         bill=MemoryBill() if bill is None else bill,

@@ -12,15 +12,20 @@ from offload.estimate import ZERO_STAGES, MemoryEstimate, ModelCost, estimate_me
 from offload.hardware import HardwareProfile
 from offload.kernels import STATE_FORMATS
 from offload.kernels.state import check_state_format
+from offload.layer_costs import Layer
 from offload.layout import resolve_subgroup_numel
+from offload.overlaps import describe, hide, ways_to_hide
 from offload.perf_model import Rates
-from offload.phases import StepPrediction, predict_step
-from offload.planner import Search
+from offload.phases import Hiding, StepPrediction
+from offload.plan import Placement
+from offload.planner import Choice, Search
 from offload.pool import BudgetError, Budgets, format_bytes
 from offload.state_layout import ADAM_FP32, StateKind, StateLayout
 from offload.subgroup import Subgroup
 
-LEVER_SAMPLE = 24  # subgroups that levers are timed with
+LEVER_SAMPLE = 24  # subgroups that levers, and ways to hide the update of large models, are timed with
+MAX_HIDDEN = 72  # subgroups of models whose whole step is timed for each way to hide the update,
+NUM_HIDDEN = 2  # and for so many of the fastest plans
 RATE_LEVERS = {
     "twice the link": ("h2d_bytes_per_s", "d2h_bytes_per_s", "both_bytes_per_s"),
     "twice the cores": ("host_update_params_per_s",),
@@ -37,6 +42,8 @@ class TrainingJob:
         cost: what the model takes in one step of one rank.
         subgroup_numel: parameters in a subgroup; None for the runtime's default.
         state_format: of the optimizer state, one of :data:`offload.kernels.STATE_FORMATS`.
+        grad_itemsize: bytes of one gradient; None for those of a parameter.
+        clips: gradients are clipped by their global norm, so that no update may begin in backward.
 
     Raises:
         ValueError: for a state format, ZeRO stage or number of ranks that is not possible.
@@ -48,6 +55,8 @@ class TrainingJob:
     zero_stage: int = 3
     subgroup_numel: int | None = None
     state_format: str = "fp32"
+    grad_itemsize: int | None = None
+    clips: bool = True
 
     def __post_init__(self) -> None:
         if self.num_ranks < 1:
@@ -72,6 +81,7 @@ class TrainingJob:
             resolve_subgroup_numel(self.subgroup_numel, self.rank_numel),
             self.cost.param_itemsize,
             StateKind(self.state_format),
+            grad_itemsize=self.grad_itemsize,
         )
 
     def rates(self, state_format: str | None = None) -> Rates:
@@ -79,11 +89,12 @@ class TrainingJob:
             self.profile, state_format=state_format or self.state_format, num_ranks=self.num_ranks_per_node
         )
 
-    def memory(self, decision: Decision | None = None) -> MemoryEstimate:
-        """Memory of one rank, with the decision's buffers and states or without any."""
+    def memory(self, choice: Choice | None = None) -> MemoryEstimate:
+        """Memory of one rank, with the buffers and states of a plan or without any."""
         return estimate_memory(
             self.cost,
-            None if decision is None else decision.best.homes.bill(self.subgroups()),
+            None if choice is None else choice.homes.bill(self.subgroups()),
+            grad_itemsize=self.grad_itemsize,
             num_ranks=self.num_ranks,
             num_ranks_per_node=self.num_ranks_per_node,
             zero_stage=self.zero_stage,
@@ -91,18 +102,42 @@ class TrainingJob:
 
 
 def equal_subgroups(
-    numel: int, subgroup_numel: int, param_itemsize: int, kind: StateKind = ADAM_FP32
+    numel: int,
+    subgroup_numel: int,
+    param_itemsize: int,
+    kind: StateKind = ADAM_FP32,
+    *,
+    grad_itemsize: int | None = None,
 ) -> list[Subgroup]:
     """``numel`` parameters in subgroups of ``subgroup_numel``, or a little less so that all are equal but for one."""
     num = max(1, -(-numel // subgroup_numel))
     cuts = [i * numel // num for i in range(num + 1)]
-    sizes = [end - begin for begin, end in itertools.pairwise(cuts)]
     return [
         Subgroup(
-            i, size, size * param_itemsize, StateLayout(kind, size).num_bytes, master_in_param=kind.master_in_param
+            i,
+            size,
+            size * param_itemsize,
+            StateLayout(kind, size).num_bytes,
+            master_in_param=kind.master_in_param,
+            grad_bytes=None if grad_itemsize is None else size * grad_itemsize,
         )
-        for i, size in enumerate(sizes)
+        for i, size in enumerate(end - begin for begin, end in itertools.pairwise(cuts))
     ]
+
+
+@dataclass(frozen=True, slots=True)
+class HiddenUpdate:
+    """A plan's step with its update hidden one way: seconds of the step, and of what the update adds to the model's."""
+
+    plan_name: str
+    hiding: Hiding
+    step_s: float
+    update_s: float
+    is_exact: bool = True  # else of a sample of the subgroups, scaled up
+
+    def as_dict(self) -> dict[str, Any]:
+        seconds = {"step_s": self.step_s, "update_s": self.update_s, "is_exact": self.is_exact}
+        return {"name": describe(self.hiding), "plan": self.plan_name, **asdict(self.hiding), **seconds}
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,18 +150,41 @@ class Lever:
 
 @dataclass(frozen=True, slots=True)
 class JobPlan:
-    """What :func:`plan_job` found."""
+    """What :func:`plan_job` found.
+
+    Attributes:
+        decision: candidates by the time of their update alone.
+        choice: the plan with the shortest step, in the order in which it runs.
+        hidden: ways to hide the update of that plan and of others that are as fast, the shortest step first.
+        step: the whole step as ``hidden[0]`` has it.
+        device_room: bytes that the model leaves the optimizer on the device in every phase.
+    """
 
     job: TrainingJob
     budgets: Budgets
     decision: Decision
+    choice: Choice
+    hidden: tuple[HiddenUpdate, ...]
     step: StepPrediction
     memory: MemoryEstimate
+    device_room: int
     levers: tuple[Lever, ...]
+
+    @property
+    def warning(self) -> str | None:
+        """What is wrong with a budget that the device does not hold beside the model."""
+        taken, capacity = self.memory.bill.device_bytes, self.job.profile.device_memory_bytes
+        if taken <= self.device_room:
+            return None
+        return (
+            f"the plan does not fit {self.job.profile.name}: with {format_bytes(taken)} of slots and resident state "
+            f"a step peaks at {format_bytes(self.memory.device_bytes)} of {format_bytes(capacity)}; the most that fits "
+            f"is device_budget {format_bytes(self.device_room)} ({self.device_room} bytes)"
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: seconds, bytes and the plan with the sizes of its subgroups."""
-        job, best, step = self.job, self.decision.best, self.step
+        job, best, step = self.job, self.choice, self.step
         subgroups = [[s.numel, s.param_bytes, s.state_bytes] for s in job.subgroups()]
         return {
             "model": asdict(job.cost),
@@ -138,13 +196,15 @@ class JobPlan:
             "memory": self.memory.as_dict(),
             "step": {
                 "forward_s": step.forward_s, "backward_s": step.backward_s, "update_s": step.update_s,
-                "step_s": step.step_s,
+                "step_s": step.step_s, **asdict(self.hidden[0].hiding),
             },
             "plan": {
                 "name": best.name, "text": str(best.plan), "update_s": best.update_s, "binds": best.bound.binds,
-                "bound_s": best.bound.seconds_of, "num_slots": best.homes.num_slots,
+                "bound_s": best.bound.seconds_of, "num_slots": best.plan.num_buffers(Placement.DEVICE),
                 "num_staging": best.homes.num_staging, "subgroups": subgroups,
             },
+            "overlaps": [hidden.as_dict() for hidden in self.hidden],
+            "warning": self.warning,
             "alternatives": [asdict(ranked) for ranked in self.decision.ranking],
             "refused": self.decision.refused,
             "levers": [asdict(lever) for lever in self.levers],
@@ -152,28 +212,72 @@ class JobPlan:
 
 
 def plan_job(job: TrainingJob, budgets: Budgets | None = None, *, num_slots: int | None = None) -> JobPlan:
-    """Choose a plan for ``job`` and predict its step and memory.
+    """Choose a plan for ``job`` and how its update hides, and predict its step and memory.
 
     Args:
         budgets: for the optimizer, as in :class:`offload.AdamW`; device_bytes None takes what the model leaves of the
             device in every phase.
 
     Raises:
-        BudgetError: if the model alone does not fit the device, or no plan fits the budgets, with the least that would.
+        BudgetError: if the model alone does not fit the device, the budget does not beside it, or no plan fits the
+            budgets, with the least that would.
         ValueError: for a subgroup size that is not possible.
     """
     budgets = Budgets() if budgets is None else budgets
+    room = _device_room(job)
     if budgets.device_bytes is None:
-        budgets = replace(budgets, device_bytes=_device_budget(job))
+        budgets = replace(budgets, device_bytes=room)
     subgroups, rates = job.subgroups(), job.rates()
     decision = decide(subgroups, rates, budgets, num_slots=num_slots)
-    memory = job.memory(decision)
-    step = predict_step(decision.best.plan, subgroups, rates, job.cost.layers(job.profile, memory.grad_bytes))
-    return JobPlan(job, budgets, decision, step, memory, tuple(_levers(job, subgroups, decision)))
+    hidden, step = _hide(job, decision, subgroups)
+    chosen = next(c for c in (decision.best, *decision.runners_up) if c.name == hidden[0].plan_name)
+    if step.plan != chosen.plan:  # in another order, or with more slots
+        chosen = Search(subgroups, rates).choice(chosen.name, chosen.homes, step.plan)
+    levers = tuple(_levers(job, subgroups, chosen))
+    return JobPlan(job, budgets, decision, chosen, tuple(hidden), step, job.memory(chosen), room, levers)
 
 
-def _device_budget(job: TrainingJob) -> int:
-    """Slots and resident states are there in every phase, so the phase with least headroom decides."""
+def _hide(
+    job: TrainingJob, decision: Decision, subgroups: Sequence[Subgroup]
+) -> tuple[tuple[HiddenUpdate, ...], StepPrediction]:
+    """Ways to hide the update of the fastest plans, the shortest step first; and that step.
+
+    Of large models only the fastest plan is hidden, by a sample of its subgroups, and no slots pass: next to so many
+    subgroups a few slots more hide little.
+    """
+    rates, layers = job.rates(), job.cost.layers(job.profile, job.memory().grad_bytes)
+    if len(subgroups) <= MAX_HIDDEN:
+        found = [
+            (choice, hiding, step)
+            for choice in (decision.best, *decision.runners_up)[:NUM_HIDDEN]
+            for hiding, step in hide(
+                choice.plan, subgroups, rates, layers, ways_to_hide(choice.plan, subgroups, layers, clips=job.clips)
+            )
+        ]
+        best_of: dict[Hiding, tuple[Choice, StepPrediction]] = {}
+        for choice, hiding, step in sorted(found, key=lambda item: item[2].step_s):
+            best_of.setdefault(hiding, (choice, step))
+        hidden = [HiddenUpdate(c.name, hiding, step.step_s, step.update_s) for hiding, (c, step) in best_of.items()]
+        return tuple(hidden), next(iter(best_of.values()))[1]
+    best = decision.best
+    sample, homes = sampled(subgroups, best.homes, LEVER_SAMPLE)
+    share = sum(s.numel for s in sample) / sum(s.numel for s in subgroups)
+    plan = Search(sample, rates).spread(homes, round(best.num_device * share))
+    shorter = [Layer(layer.forward_s * share, layer.backward_s * share) for layer in layers]
+    ranked = hide(plan, sample, rates, shorter, ways_to_hide(plan, sample, shorter, clips=job.clips))
+    (_, step), *_ = hide(best.plan, subgroups, rates, layers, [ranked[0][0]])
+    about = [
+        HiddenUpdate(best.name, hiding, step.step_s / share, step.update_s / share, is_exact=False)
+        for hiding, step in ranked[1:]
+    ]
+    return (HiddenUpdate(best.name, ranked[0][0], step.step_s, step.update_s), *about), step
+
+
+def _device_room(job: TrainingJob) -> int:
+    """Device bytes that the model leaves the optimizer.
+
+    Slots and resident states are there in every phase, so the phase with least headroom decides.
+    """
     memory, capacity = job.memory(), job.profile.device_memory_bytes
     left = min(memory.headroom_bytes(capacity).values())
     if left < 0:
@@ -186,9 +290,9 @@ def _device_budget(job: TrainingJob) -> int:
     return int(left / (1 + memory.fragmentation))
 
 
-def _levers(job: TrainingJob, subgroups: Sequence[Subgroup], decision: Decision) -> Iterator[Lever]:
+def _levers(job: TrainingJob, subgroups: Sequence[Subgroup], best: Choice) -> Iterator[Lever]:
     """What each change would make of the best split in the same homes, fastest first."""
-    rates, best = job.rates(), decision.best
+    rates = job.rates()
     sample, homes = sampled(subgroups, best.homes, LEVER_SAMPLE)
     before_s = Search(sample, rates).best_share(homes).update_s
     found = []
@@ -203,5 +307,8 @@ def _levers(job: TrainingJob, subgroups: Sequence[Subgroup], decision: Decision)
         ]
         choice = Search(smaller, job.rates(state_format)).best_share(homes)
         found.append((choice.update_s, f"state_format {state_format}"))
+    if any(s.down_bytes > s.param_bytes and not s.master_in_param for s in sample):
+        narrow = [replace(s, grad_bytes=None) for s in sample]
+        found.append((Search(narrow, rates).best_share(homes).update_s, "gradients as wide as parameters"))
     for update_s, name in sorted(found):
         yield Lever(name, best.update_s * min(1.0, update_s / before_s))

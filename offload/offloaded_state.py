@@ -19,7 +19,7 @@ from offload.kernels.state import check_state_format
 from offload.layout import Packed, check_param, check_state_kind, pack, resolve_subgroup_numel
 from offload.live import publish_if_asked
 from offload.masters import MasterTable
-from offload.optimizer_state import copy_entries, fill_entry, load_state
+from offload.optimizer_state import check_state, copy_entries, fill_entry, load_state
 from offload.perf_model import Rates
 from offload.policy import Overlap, Policy
 from offload.record import StepWatch
@@ -190,10 +190,19 @@ class OffloadedState(Insight):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
+        params = self.check_state_dict(state_dict)
         self._refresh_masters()
-        load_state(self.param_groups, self.state, self._masters, state_dict, self.rule.name)
+        try:
+            load_state(self.param_groups, self.state, self._masters, state_dict, params)
+        except BaseException as error:
+            self.runtime.mark_broken(error)
+            raise
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def check_state_dict(self, state_dict: dict[str, Any]) -> dict[int, Tensor]:
+        """Raise ValueError where :meth:`load_state_dict` would. Returns the parameters by the state's indices."""
+        return check_state(self.param_groups, self._masters, state_dict, self.rule.name)
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: options, groups and state; memory, streams and the worker are made anew."""

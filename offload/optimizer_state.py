@@ -11,12 +11,12 @@ from torch import Tensor
 
 from offload.kernels.state import num_blocks
 from offload.masters import MasterTable, ParamHome
-from offload.state_entries import entry_names, saved_format
+from offload.state_entries import entry_names, saved_format, value_of
 
 _Key = TypeVar("_Key")  # a parameter, or its index
 
 # Group entries that say how torch's optimizer computes, not what: they stay as constructed.
-_NOT_LOADED = ("params", "foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay", "param_names")
+NOT_LOADED = ("params", "foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay", "param_names")
 
 
 def match_params(groups: Sequence[dict[str, Any]], saved_groups: Sequence[dict[str, Any]]) -> dict[int, Tensor]:
@@ -64,21 +64,15 @@ def check_entry(index: int, home: ParamHome, saved: Mapping[str, Any], rule: str
 def fill_entry(home: ParamHome, saved: Mapping[str, Any]) -> dict[str, Tensor]:
     """Copy a checked entry into a parameter's home. Returns the entry that ``optimizer.state`` is to hold."""
     home.load(saved)
-    return {"step": torch.tensor(float(saved.get("step", 1.0))), **home.views()}
+    return {"step": torch.tensor(float(value_of(saved.get("step", 1.0)))), **home.views()}
 
 
-def load_state(
-    groups: Sequence[dict[str, Any]],
-    state: dict[Tensor, dict[str, Tensor]],
-    masters: MasterTable,
-    state_dict: Mapping[str, Any],
-    rule: str = "Adam",
-) -> None:
-    """Fill ``state`` and the slabs behind ``masters`` from ``state_dict``; nothing is changed if it does not fit.
+def check_state(
+    groups: Sequence[dict[str, Any]], masters: MasterTable, state_dict: Mapping[str, Any], rule: str = "Adam"
+) -> dict[int, Tensor]:
+    """Parameters by the state's indices. Raises ValueError, naming what is wrong, unless all of the state fits.
 
-    The state may be of another format. A float32 parameter is its own master, so a saved ``master`` is not needed for
-    it; for any other dtype a missing ``master`` (state saved by torch, or before the first step) is taken from the
-    parameter.
+    Looks at names, shapes and dtypes only, so its tensors may still be in files.
     """
     if missing := sorted({"param_groups", "state"} - state_dict.keys()):
         raise ValueError(f"the state to load lacks {missing}: it is no optimizer's state_dict")
@@ -94,13 +88,29 @@ def load_state(
                 f"constructed; set requires_grad first"
             )
         check_entry(index, masters[param], saved, rule)
+    return params
 
+
+def load_state(
+    groups: Sequence[dict[str, Any]],
+    state: dict[Tensor, dict[str, Tensor]],
+    masters: MasterTable,
+    state_dict: Mapping[str, Any],
+    params: Mapping[int, Tensor],
+) -> None:
+    """Fill ``state`` and the slabs behind ``masters`` from a state that :func:`check_state` gave ``params`` for.
+
+    The state may be of another format. A float32 parameter is its own master, so a saved ``master`` is not needed for
+    it; for any other dtype a missing ``master`` (state saved by torch, or before the first step) is taken from the
+    parameter.
+    """
+    saved_state = state_dict["state"]
     for index, param in params.items():
         state.pop(param, None)
         if index in saved_state:  # a parameter without an entry starts again at its next step
             state[param] = fill_entry(masters[param], saved_state[index])
     for group, saved_group in zip(groups, state_dict["param_groups"], strict=True):
-        loaded = {key: value for key, value in saved_group.items() if key not in _NOT_LOADED}
+        loaded = {key: value for key, value in saved_group.items() if key not in NOT_LOADED}
         group.update(copy.deepcopy(loaded))  # a tensor lr is edited in place
 
 

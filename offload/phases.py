@@ -6,73 +6,21 @@ the next forward, as it does on the machine.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from offload.executor import await_params, early_operations, enqueue_early, enqueue_update, run_update
 from offload.hardware import HardwareProfile
 from offload.lanes import Event, Lanes
 from offload.lanes.virtual import TimedWork, VirtualEvent, VirtualLane, VirtualMachine
+from offload.layer_costs import Layer, room_in_backward
 from offload.perf_model import Rates, spans_of
-from offload.plan import OpKind, Placement, Plan
+from offload.plan import Op, OpKind, Placement, Plan
 from offload.policy import Overlap
 from offload.subgroup import Slot, Staging, Subgroup
 from offload.timeline import Span
 
 NUM_STEPS = 3  # the first fills the lanes, the second is filled by it
-FORWARD_OPERATIONS = 2  # floating-point operations per parameter and token
-BACKWARD_OPERATIONS = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """What one layer of the model costs in one step of one rank.
-
-    Attributes:
-        forward_s, backward_s: seconds on the compute lane, recomputation included.
-        grad_bytes: gradients that its backward leaves on the device until the step is over.
-        saved_bytes: activations kept on the device from its forward until its backward is done.
-        working_bytes: what its backward takes beyond that while it runs (recomputed activations, temporaries).
-    """
-
-    forward_s: float
-    backward_s: float
-    grad_bytes: int = 0
-    saved_bytes: int = 0
-    working_bytes: int = 0
-
-
-def uniform_layers(
-    profile: HardwareProfile,
-    *,
-    num_layers: int,
-    numel: int,
-    num_tokens: int,
-    recompute: bool = True,
-    grad_bytes: int = 0,
-    saved_bytes: int = 0,
-    working_bytes: int = 0,
-) -> list[Layer]:
-    """Equal layers of a transformer on one device of ``profile``.
-
-    Args:
-        numel: parameters of all layers together, of which each token costs 2 operations in forward, 4 in backward.
-        num_tokens: of this rank in one step (micro-batch times sequence).
-        recompute: forward is done again in backward (activation checkpointing).
-        grad_bytes, saved_bytes, working_bytes: of one layer, see :class:`Layer`.
-    """
-    if num_layers < 1:
-        raise ValueError(f"num_layers={num_layers} is no number of layers; give 1 or more")
-    forward_s = FORWARD_OPERATIONS * numel / num_layers * num_tokens / profile.device_flops
-    backward_s = forward_s * BACKWARD_OPERATIONS / FORWARD_OPERATIONS + (forward_s if recompute else 0.0)
-    layer = Layer(
-        forward_s + profile.forward_layer_latency_s,
-        backward_s + profile.backward_layer_latency_s,
-        grad_bytes,
-        saved_bytes,
-        working_bytes,
-    )
-    return [layer] * num_layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,32 +70,65 @@ class StepPrediction:
         return peaks
 
 
+@dataclass(frozen=True, slots=True)
+class Hiding:
+    """What of the update runs beside the model's own work. None of it changes a bit of the result.
+
+    Attributes:
+        overlap: as in :class:`offload.AdamW`, "auto" aside.
+        in_backward: a subgroup's update begins once its gradient is final; exact only without gradient clipping.
+        num_passing_slots: slots, the last of a plan's, that exist from when backward gave their memory back until the
+            update is over.
+    """
+
+    overlap: Overlap = "none"
+    in_backward: bool = False
+    num_passing_slots: int = 0
+
+    def __post_init__(self) -> None:
+        if self.overlap == "auto":
+            raise ValueError("overlap='auto' is no schedule to predict; give 'none', 'backward' or 'next_forward'")
+        if self.overlap == "none" and (self.in_backward or self.num_passing_slots):
+            raise ValueError("with overlap='none' nothing of the update runs in backward; give another overlap")
+
+    @property
+    def has_conductor(self) -> bool:
+        """Whether a thread of its own enqueues the update."""
+        return self.in_backward or self.overlap == "next_forward"
+
+
+IN_ORDER = Hiding()
+
+
 def predict_step(
     plan: Plan,
     subgroups: Sequence[Subgroup],
     rates: Rates | HardwareProfile,
     layers: Sequence[Layer],
-    *,
-    overlap: Overlap = "none",
+    hiding: Hiding = IN_ORDER,
 ) -> StepPrediction:
     """Time a training step: forward through ``layers``, backward through them in reverse, then ``plan``.
 
     Args:
-        plan: of these subgroups; a subgroup's parameters and gradients are on the device all the time.
+        plan: of these subgroups; a subgroup's parameters are on the device all the time.
         rates: measured rates, or a machine's profile for state in fp32 and all its ranks at work.
-        overlap: as in :class:`offload.AdamW`. With "next_forward" a layer waits for the subgroups that its share of the
-            parameters lies in, and ``update_s`` is what that adds to forward and backward.
+        layers: in order of forward; may be empty where nothing of the update runs in backward.
+        hiding: what runs beside forward and backward. Where that is more than transfers, ``update_s`` is what the
+            update adds to forward and backward alone.
+
+    Raises:
+        ValueError: if backward does not give back memory for so many passing slots.
     """
     if isinstance(rates, HardwareProfile):
         rates = Rates.from_profile(rates)
     machine = VirtualMachine(rates.host_dram_bytes_per_s)
-    training = _Training(plan, subgroups, layers, rates.lanes(machine, overlapped=overlap == "next_forward"), overlap)
+    training = _Training(plan, subgroups, layers, rates.lanes(machine, overlapped=hiding.has_conductor), hiding)
     for _ in range(NUM_STEPS):
         training.submit_step()
     machine.run()
     start_s, end_s = (_virtual(event).end_s for event in training.ends[-2:])
     forward, backward = training.passes[-1]
-    if overlap == "next_forward":
+    if hiding.has_conductor:
         forward_s, backward_s = (sum(event.seconds for event in events) for events in (forward, backward))
     else:
         forward_end_s = forward[-1].end_s if forward else start_s
@@ -158,7 +139,7 @@ def predict_step(
         forward_s=forward_s,
         backward_s=backward_s,
         update_s=end_s - start_s - forward_s - backward_s,
-        memory=_memory(_resting_bytes(plan, subgroups), layers, forward, backward, start_s),
+        memory=training.memory(forward, backward, start_s),
         origin_s=start_s,
         events=tuple(event for event in machine.events if event.end_s > start_s),
     )
@@ -168,54 +149,136 @@ class _Training:
     """Submits training steps to virtual lanes.
 
     Attributes:
-        ends: of each step: where the next forward may start or, overlapped, where the update starts.
+        ends: of each step: where the next forward may start or, under the next forward, where the update starts.
         passes: of each step, the events of forward and backward, a layer each.
     """
 
     def __init__(
-        self, plan: Plan, subgroups: Sequence[Subgroup], layers: Sequence[Layer], lanes: Lanes, overlap: Overlap
+        self, plan: Plan, subgroups: Sequence[Subgroup], layers: Sequence[Layer], lanes: Lanes, hiding: Hiding
     ) -> None:
         self.ends: list[Event] = []
         self.passes: list[tuple[list[VirtualEvent], list[VirtualEvent]]] = []
-        self._plan, self._layers, self._lanes, self._overlap = plan, layers, lanes, overlap
+        self._plan, self._layers, self._lanes, self._hiding = plan, layers, lanes, hiding
         self._subgroups = [subgroup.sizes_only() for subgroup in subgroups]
         self._of_layer = _subgroups_of_layers(self._subgroups, len(layers))
         self._slots = [Slot(i) for i in range(plan.num_buffers(Placement.DEVICE))]
         self._stagings = [Staging(i) for i in range(plan.num_buffers(Placement.HOST))]
+        self._buffers = (self._subgroups, self._slots, self._stagings)
+        self._num_lasting = max(0, len(self._slots) - hiding.num_passing_slots)
+        self._passing_after = _passing_slots_after(layers, _slot_bytes(plan, subgroups), hiding)
 
     def submit_step(self) -> None:
-        lanes, buffers = self._lanes, (self._subgroups, self._slots, self._stagings)
+        lanes, overlap = self._lanes, self._hiding.overlap
         forward = [self._forward(layer, needed) for layer, needed in zip(self._layers, self._of_layer, strict=True)]
-        early = [] if self._overlap == "none" else early_operations(self._plan)
-        if self._overlap == "next_forward":
-            early = [op for op in early if op.kind is OpKind.PREFETCH]
-        for op in early:
-            if op.kind is OpKind.PREFETCH:
-                enqueue_early(op, *buffers, lanes, grads_ready=lanes.compute.mark())
-        down = {op.subgroup: op for op in early if op.kind is OpKind.GRAD_DOWN}
-        backward = []
-        for layer, made in zip(reversed(self._layers), reversed(self._of_layer), strict=True):
-            backward.append(_submit(lanes, "backward", layer.backward_s))
-            for subgroup in reversed(made):
-                if subgroup.index in down:
-                    enqueue_early(down[subgroup.index], *buffers, lanes, grads_ready=lanes.compute.mark())
-        self.passes.append((forward, backward))
-        end = lanes.compute.mark()
-        end.synchronize()  # step() asks whether all gradients are finite before it submits anything
-        if self._overlap == "next_forward":
-            assert isinstance(lanes.host, VirtualLane)
-            lanes.host.thread.wait(_virtual(end))  # and so the conductor begins no earlier
-            enqueue_update(self._plan, *buffers, lanes, backward=end, begun=early)
-            self.ends.append(end)
+        if self._hiding.in_backward:
+            backward = self._backward_with_update()
+            for subgroup in self._subgroups if overlap == "backward" else ():
+                await_params(subgroup, lanes.compute)
+            end = lanes.compute.mark()
         else:
-            run_update(self._plan, *buffers, lanes, begun=early)
-            self.ends.append(lanes.compute.mark())
+            backward, begun = self._backward()
+            end = lanes.compute.mark()
+            end.synchronize()  # step() asks whether all gradients are finite before it submits anything
+            if overlap == "next_forward":
+                assert isinstance(lanes.host, VirtualLane)
+                lanes.host.thread.wait(_virtual(end))  # and so the conductor begins no earlier
+                enqueue_update(self._plan, *self._buffers, lanes, backward=end, begun=begun)
+            else:
+                run_update(self._plan, *self._buffers, lanes, begun=begun)
+                end = lanes.compute.mark()
+        self.passes.append((forward, backward))
+        self.ends.append(end)
 
     def _forward(self, layer: Layer, needed: Sequence[Subgroup]) -> VirtualEvent:
         for subgroup in needed:
-            if self._overlap == "next_forward" and subgroup.params_ready is not None:
+            if self._hiding.overlap == "next_forward" and subgroup.params_ready is not None:
                 await_params(subgroup, self._lanes.compute)
         return _submit(self._lanes, "forward", layer.forward_s)
+
+    def _backward(self) -> tuple[list[VirtualEvent], list[Op]]:
+        """Backward with the transfers that begin in it, which it returns too."""
+        overlap = self._hiding.overlap
+        early = [] if overlap == "none" else early_operations(self._plan)
+        if overlap == "next_forward":
+            early = [op for op in early if op.kind is OpKind.PREFETCH]
+        up = {op.buffer: op for op in early if op.kind is OpKind.PREFETCH}
+        down = {op.subgroup: op for op in early if op.kind is OpKind.GRAD_DOWN}
+        backward = []
+        for slot in range(self._num_lasting):
+            if slot in up:
+                self._begin(up[slot])
+        for i, (layer, made) in enumerate(zip(reversed(self._layers), reversed(self._of_layer), strict=True)):
+            backward.append(_submit(self._lanes, "backward", layer.backward_s))
+            for slot in self._slots_given_back(i):
+                if slot in up:
+                    self._lanes.h2d.wait(backward[-1])
+                    self._begin(up[slot])
+            for subgroup in reversed(made):
+                if subgroup.index in down:
+                    self._begin(down[subgroup.index])
+        return backward, early
+
+    def _begin(self, op: Op) -> None:
+        enqueue_early(op, *self._buffers, self._lanes, grads_ready=self._lanes.compute.mark())
+
+    def _slots_given_back(self, num_layers_done: int) -> Iterator[int]:
+        """Passing slots whose memory is there once so many layers' backward, and one more, are done."""
+        return (self._num_lasting + j for j, after in enumerate(self._passing_after) if after == num_layers_done)
+
+    def _backward_with_update(self) -> list[VirtualEvent]:
+        """Backward, and each subgroup's update once its gradient is final."""
+        lanes, backward = self._lanes, []
+        final: dict[int, VirtualEvent] = {}
+        for layer, made in zip(reversed(self._layers), reversed(self._of_layer), strict=True):
+            backward.append(_submit(lanes, "backward", layer.backward_s))
+            final |= {subgroup.index: backward[-1] for subgroup in made}
+        slot_there = {slot: backward[i] for i in range(len(backward)) for slot in self._slots_given_back(i)}
+        lanes.h2d.wait(backward[0])  # with the first gradient the update begins
+        for op in self._plan.ops:
+            if op.kind in (OpKind.UPDATE_GPU, OpKind.UPDATE_RESIDENT):
+                lanes.update.wait(final[op.subgroup])
+            if op.kind is OpKind.PREFETCH and op.buffer in slot_there:
+                lanes.h2d.wait(slot_there.pop(op.buffer))
+            enqueue_early(op, *self._buffers, lanes, grads_ready=final[op.subgroup])
+        return backward
+
+    def memory(
+        self, forward: Sequence[VirtualEvent], backward: Sequence[VirtualEvent], origin_s: float
+    ) -> tuple[MemoryPoint, ...]:
+        """Device memory as activations, gradients and passing slots come and go, in the step of these events.
+
+        Under the next forward each layer's gradients stay until its update is done.
+        """
+        layers, slot_bytes = self._layers, _slot_bytes(self._plan, self._subgroups)
+        stays = self._hiding.overlap == "next_forward"
+        num_bytes = _resting_bytes(self._plan, self._subgroups) - self._hiding.num_passing_slots * slot_bytes
+        num_bytes += sum(layer.grad_bytes for layer in layers) if stays else 0
+        points = [MemoryPoint(0.0, "forward", num_bytes)]
+        for layer, event in zip(layers, forward, strict=True):
+            num_bytes += layer.saved_bytes - (layer.grad_bytes if stays else 0)
+            points.append(MemoryPoint(event.end_s - origin_s, "forward", num_bytes))
+        for i, (layer, event) in enumerate(zip(reversed(layers), backward, strict=True)):
+            during = num_bytes + layer.working_bytes + layer.grad_bytes
+            points.append(MemoryPoint(event.start_s - origin_s, "backward", during))
+            num_bytes += layer.grad_bytes - layer.saved_bytes + slot_bytes * len(list(self._slots_given_back(i)))
+            points.append(MemoryPoint(event.end_s - origin_s, "backward", num_bytes))
+        points.append(MemoryPoint(points[-1].time_s, "update", num_bytes))
+        return tuple(points)
+
+
+def _passing_slots_after(layers: Sequence[Layer], slot_bytes: int, hiding: Hiding) -> list[int]:
+    """After which layer of backward (0 is the model's last) a first, second, ... passing slot may exist."""
+    room = room_in_backward(layers, until_next_forward=hiding.overlap == "next_forward")
+    after: list[int] = []
+    for i, num_bytes in enumerate(room):
+        num = min(num_bytes // slot_bytes if slot_bytes else 0, hiding.num_passing_slots)
+        after += [i] * (num - len(after))
+    if len(after) < hiding.num_passing_slots:
+        raise ValueError(
+            f"num_passing_slots={hiding.num_passing_slots} are too many: backward gives back {max(room, default=0)} "
+            f"bytes, for {len(after)} slots of {slot_bytes} bytes"
+        )
+    return after
 
 
 def _subgroups_of_layers(subgroups: Sequence[Subgroup], num_layers: int) -> list[list[Subgroup]]:
@@ -238,31 +301,14 @@ def _virtual(event: object) -> VirtualEvent:
     return event
 
 
+def _slot_bytes(plan: Plan, subgroups: Sequence[Subgroup]) -> int:
+    return max(
+        (subgroups[i].state_bytes for i, where in plan.placements.items() if where is Placement.DEVICE), default=0
+    )
+
+
 def _resting_bytes(plan: Plan, subgroups: Sequence[Subgroup]) -> int:
     """Device memory that is there all the time: parameters, slots and resident states."""
-    placements = plan.placements
-    visitors = [subgroups[i].state_bytes for i, where in placements.items() if where is Placement.DEVICE]
-    residents = [subgroups[i].state_bytes for i, where in placements.items() if where is Placement.RESIDENT]
-    slots_bytes = plan.num_buffers(Placement.DEVICE) * max(visitors, default=0)
+    residents = [subgroups[i].state_bytes for i, where in plan.placements.items() if where is Placement.RESIDENT]
+    slots_bytes = plan.num_buffers(Placement.DEVICE) * _slot_bytes(plan, subgroups)
     return sum(subgroup.param_bytes for subgroup in subgroups) + slots_bytes + sum(residents)
-
-
-def _memory(
-    num_bytes: int,
-    layers: Sequence[Layer],
-    forward: Sequence[VirtualEvent],
-    backward: Sequence[VirtualEvent],
-    origin_s: float,
-) -> tuple[MemoryPoint, ...]:
-    """Device memory as activations come and go and gradients come. Starts from ``num_bytes``."""
-    points = [MemoryPoint(0.0, "forward", num_bytes)]
-    for layer, event in zip(layers, forward, strict=True):
-        num_bytes += layer.saved_bytes
-        points.append(MemoryPoint(event.end_s - origin_s, "forward", num_bytes))
-    for layer, event in zip(reversed(layers), backward, strict=True):
-        during = num_bytes + layer.working_bytes + layer.grad_bytes
-        points.append(MemoryPoint(event.start_s - origin_s, "backward", during))
-        num_bytes += layer.grad_bytes - layer.saved_bytes
-        points.append(MemoryPoint(event.end_s - origin_s, "backward", num_bytes))
-    points.append(MemoryPoint(points[-1].time_s, "update", num_bytes))
-    return tuple(points)

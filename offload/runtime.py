@@ -84,7 +84,7 @@ class Runtime:
         self._arrived_in_open_step: Callable[[int, int], None] | None = None
         self._plan_in_backward: Plan | None = None  # the last one that was checked
         self._hooks: list[RemovableHandle] = []
-        self._conductor = Conductor(self.lanes.compute, self.accelerator, weakref.WeakMethod(self.abandon))
+        self._conductor = Conductor(self.lanes.compute, self.accelerator, weakref.WeakMethod(self.mark_broken))
         # Pinned memory and slots may go back only when no copy uses them; at exit the device's own teardown waits.
         # Not the host lane: the traceback of a failed update, which it keeps, would keep this runtime.
         landing = weakref.finalize(self, let_land, self._conductor, self._hooks, self.lanes.h2d, self.lanes.d2h)
@@ -270,7 +270,7 @@ class Runtime:
                 self.lanes.synchronize()
                 self.spans = timer.spans()
         except BaseException as error:
-            self.abandon(error)
+            self.mark_broken(error)
             for index in updates:
                 self.actions[index].end_step()
             raise
@@ -332,7 +332,7 @@ class Runtime:
         for actions in self.actions:
             actions.end_step()
         if error is not None:
-            self.abandon(error)
+            self.mark_broken(error)
         else:
             self.lanes.synchronize()  # of states that came up for nothing
 
@@ -355,7 +355,7 @@ class Runtime:
         self.check_usable()
         self._conductor.finish()
 
-    def abandon(self, error: BaseException) -> None:
+    def mark_broken(self, error: BaseException) -> None:
         """Refuse every later step: ``error`` left parameters or state half updated."""
         self._broken = error
 

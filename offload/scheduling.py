@@ -8,7 +8,7 @@ new parameters) queueing behind long ones (states). Here each lane takes, whenev
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from offload.bounds import bound_of, load_of_plan
@@ -54,17 +54,24 @@ class _Visit:
 
 
 def schedule(
-    placements: Sequence[Placement], subgroups: Sequence[Subgroup], rates: Rates, *, num_slots: int, num_staging: int
+    placements: Sequence[Placement],
+    subgroups: Sequence[Subgroup],
+    rates: Rates,
+    *,
+    num_slots: int,
+    num_staging: int,
+    order: Iterable[int] | None = None,
 ) -> Plan:
     """Lower ``placements`` to a plan in the order in which its operations would start at ``rates``.
 
-    Subgroups of one placement are taken by index.
+    Subgroups of one placement are taken in ``order``, a permutation of them (default: by index).
 
     Raises:
         PlanError: if a subgroup needs a slot or a staging buffer and there is none.
     """
     seconds_of = _durations(lower(placements, num_slots=num_slots, num_staging=num_staging), subgroups, rates)
-    waiting = {where: iter([s for s in subgroups if placements[s.index] is where]) for where in CHAINS}
+    ordered = [subgroups[i] for i in (range(len(subgroups)) if order is None else order)]
+    waiting = {where: iter([s for s in ordered if placements[s.index] is where]) for where in CHAINS}
     visits: list[_Visit] = []
 
     def enter(where: Placement, buffer: int | None, ready_s: float) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from offload.kernels import STATE_FORMATS, State
 from offload.kernels.codec import Rows, read_state, write_state
 from offload.kernels.state import row_dtypes
+from offload.tensor_file import StoredTensor
 
 
 def entry_names(state_format: str, torch_names: Mapping[str, str]) -> dict[str, str]:
@@ -78,10 +79,12 @@ def load_entry(
     if source == state.format:
         for field, tensor in state.items():
             if field != "master" or names[field] in saved:
-                tensor.copy_(saved[names[field]].reshape(-1))  # may be this very memory: a state_dict shares it
+                tensor.copy_(
+                    value_of(saved[names[field]]).reshape(-1)
+                )  # may be this very memory: a state_dict shares it
         return names["master"] in saved
     tensors = {
-        field: saved[name].reshape(-1).to(state.master.device)
+        field: value_of(saved[name]).reshape(-1).to(state.master.device)
         for field, name in names.items()
         if field == "master" or field.removesuffix("_scale") in moments
         if name in saved
@@ -96,6 +99,11 @@ def load_entry(
         rows = read_state(State(source, **tensors), values.bfloat16())
     write_state(state, None, rows, None)
     return has_master
+
+
+def value_of(saved: Any) -> Any:
+    """A saved tensor, read now if it is still in a file."""
+    return saved.read() if isinstance(saved, StoredTensor) else saved
 
 
 def _float32(tensor: Tensor | None) -> Any:

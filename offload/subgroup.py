@@ -74,9 +74,10 @@ class Subgroup:
     Attributes:
         index: position in the layout; the number in a plan's text.
         numel: parameters in the subgroup.
-        param_bytes: bytes of its parameters on the device; its gradient has as many.
+        param_bytes: bytes of its parameters on the device.
         state_bytes: bytes of its optimizer state, in whatever format.
         master_in_param: whether half of each master is the parameter itself, so that an update on the host needs it.
+        grad_bytes: bytes of its gradient; None for as many as its parameters have.
     """
 
     index: int
@@ -85,6 +86,7 @@ class Subgroup:
     state_bytes: int
     actions: Actions | None = None
     master_in_param: bool = False
+    grad_bytes: int | None = None
     grad_on_host: Event | None = None
     updated_on_host: Event | None = None
     params_ready: Event | None = None  # of the last step that wrote them
@@ -97,7 +99,8 @@ class Subgroup:
     @property
     def down_bytes(self) -> int:
         """What comes down for an update on the host: gradients, and the parameters where they hold half the master."""
-        return self.param_bytes * (2 if self.master_in_param else 1)
+        grad_bytes = self.param_bytes if self.grad_bytes is None else self.grad_bytes
+        return grad_bytes + (self.param_bytes if self.master_in_param else 0)
 
     @property
     def host_update_bytes(self) -> int:

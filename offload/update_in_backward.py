@@ -128,7 +128,7 @@ class UpdateInBackward:
                 "a gradient holds NaN or infinity, and its update began in backward, so parameters and state hold them "
                 "too: load the last checkpoint, and use update_in_backward() where gradients are known to be finite"
             )
-            self._runtime.abandon(error)
+            self._runtime.mark_broken(error)
             raise error
         grouped = {param: (group, param) for group, param in params}
         late = [p for p in self._begun.keys() | grouped.keys() if p not in self._begun or self._begun[p].has_changed]

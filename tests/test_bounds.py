@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -52,6 +53,41 @@ def test_best_split_where_memory_binds_is_all_on_the_device() -> None:
     assert share == pytest.approx(1.0)
     all_host = all_host_bound(Update(N, gradients_on_host=True), machine)
     assert all_host.seconds / bound.seconds == pytest.approx(30 / 24)
+
+
+@pytest.mark.parametrize(("up", "down"), [(25e9, 40e9), (40e9, 25e9)])
+def test_the_slower_direction_sets_the_best_split(up: float, down: float) -> None:
+    share, bound = best_split(Update(N), rates(up=up, down=down, cores=2e9))
+    assert share == pytest.approx((25e9 - 4e9) / (25e9 + 20e9))
+    assert bound.seconds == pytest.approx(12 * N / (25e9 + 20e9))
+
+
+def test_directions_that_bind_unequal_bytes() -> None:
+    """Gradients came down before: host updates use the way up only. 30 GB/s up alone, 20 each way together."""
+    machine = rates(up=30e9, down=30e9, both=20e9, cores=2e9)
+    share, bound = best_split(Update(N, gradients_on_host=True), machine)
+    # 12x down beside 12x up at 20 GB/s, the other 2(1-x) up at 30, while the cores do 1-x at 2e9 a second.
+    assert share == pytest.approx((1 / 2 - 2 / 30) / (1 / 2 - 2 / 30 + 12 / 20))
+    assert bound.seconds_of["link up"] == pytest.approx(bound.seconds_of["cores"]) == pytest.approx(bound.seconds)
+
+
+RATE = st.floats(0.05, 20.0)
+
+
+@settings(max_examples=200, deadline=None)
+@given(up=RATE, down=RATE, both=RATE, cores=RATE, device=RATE, memory=RATE, on_host=st.booleans(), wide=st.booleans())
+def test_best_split_is_that_of_brute_force(
+    up: float, down: float, both: float, cores: float, device: float, memory: float, on_host: bool, wide: bool
+) -> None:
+    machine = Rates(up, down, cores, device, both_bytes_per_s=both, host_dram_bytes_per_s=10 * memory)
+    update = Update(1.0, param_bytes=4.0 if wide else 2.0, gradients_on_host=on_host)
+    share, bound = best_split(update, machine)
+    tried = [bound_of(update.load(i / 500), machine).seconds for i in range(501)]
+    assert 0 <= share <= 1
+    assert bound.seconds == pytest.approx(bound_of(update.load(share), machine).seconds)
+    assert bound.seconds <= min(tried) * (1 + 1e-9)
+    steepest = 500 * max(abs(after - before) for before, after in itertools.pairwise(tried))
+    assert bound.seconds >= min(tried) - steepest / 500
 
 
 def test_best_split_of_a_fast_cpu_moves_nothing() -> None:

@@ -40,9 +40,27 @@ def test_plan_prints_bill_step_plan_alternatives_and_levers(capsys: pytest.Captu
         "6,738,415,616 parameters, 842,301,952 updated by each of 8 ranks on h100-sxm-node",
         "memory of one rank", "peaks   forward", "for the 8 ranks of a node", "predicted step", "backward",
         "binds (seconds each resource needs at least", "stride 2", "all host", "1.00x", "what would help most",
-        "state_format int8",
+        "state_format int8", "how the update hides", "states in backward, update under the next forward",
+        "hidden: states in backward, update under the next forward, 1 more slot in freed activations "
+        "(overlap='next_forward')",
     ):  # fmt: skip
         assert part in text, part
+    assert "WARNING" not in text
+
+
+def test_plan_warns_of_a_budget_that_the_device_does_not_hold(capsys: pytest.CaptureFixture[str]) -> None:
+    shape = "num_layers=24,hidden=2048,ffn=5632,num_heads=16,num_kv_heads=16,vocab=32000"
+    arguments = ["plan", "--model", shape, "--hardware", "rtx4090-desktop", "--device-budget", "20GiB"]
+    text = output(capsys, *arguments)
+    assert re.search(r"WARNING: the plan does not fit rtx4090-desktop: .* the most that fits is device_budget", text)
+    assert "the plan does not fit" in json.loads(output(capsys, *arguments, "--json"))["warning"]
+
+
+def test_plan_without_clipping_updates_in_backward(capsys: pytest.CaptureFixture[str]) -> None:
+    planned = json.loads(output(capsys, *PLAN, "--no-clipping", "--grad-dtype", "fp32", "--json"))
+    assert planned["step"]["in_backward"]
+    assert planned["overlaps"][0]["step_s"] == planned["step"]["step_s"]
+    assert not any(way["in_backward"] for way in json.loads(output(capsys, *PLAN, "--json"))["overlaps"])
 
 
 def test_plan_as_json_is_timed_the_same_by_simulate(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

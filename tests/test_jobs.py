@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from dataclasses import replace
 
 import pytest
 
-from offload.estimate import SHAPES, ModelCost, transformer_cost
+from offload.estimate import SHAPES, ModelCost, parse_shape, transformer_cost
 from offload.hardware import HardwareProfile
 from offload.jobs import TrainingJob, equal_subgroups, plan_job
+from offload.overlaps import MAX_PASSING_SLOTS
 from offload.perf_model import predict
-from offload.plan import Plan
+from offload.phases import IN_ORDER, Hiding, predict_step
+from offload.plan import Placement, Plan
 from offload.pool import BudgetError, Budgets
 
 NODE = HardwareProfile.load("h100-sxm-node")
 DESKTOP = HardwareProfile.load("rtx4090-desktop")
+SMALL = "num_layers=24,hidden=2048,ffn=5632,num_heads=16,num_kv_heads=16,vocab=32000"
 
 
 def cost_of(name: str) -> ModelCost:
@@ -47,29 +51,84 @@ def test_the_plan_fits_the_device_in_every_phase() -> None:
     found = plan_job(TrainingJob(cost_of("llama-13b"), NODE, num_ranks=8))
     assert max(found.memory.peak_bytes.values()) <= NODE.device_memory_bytes
     assert min(found.memory.headroom_bytes(NODE.device_memory_bytes).values()) >= 0
-    assert found.memory.bill == found.decision.best.homes.bill(found.job.subgroups())
+    assert found.memory.bill == found.choice.homes.bill(found.job.subgroups())
 
 
 def test_a_model_that_does_not_fit_says_what_would_do() -> None:
     with pytest.raises(BudgetError, match=r"llama-13b does not fit rtx4090-desktop: .* the least that would do is"):
         plan_job(TrainingJob(cost_of("llama-13b"), DESKTOP))
+    with pytest.raises(BudgetError, match="does not fit"):  # whatever the optimizer may take
+        plan_job(TrainingJob(cost_of("llama-13b"), DESKTOP), Budgets(device_bytes=2**30))
 
 
 def test_the_step_is_the_plans() -> None:
     found = plan_job(TrainingJob(cost_of("llama-7b"), NODE, num_ranks=8), Budgets(device_bytes=3 * 2**30))
-    rates, best = found.job.rates(), found.decision.best
+    rates, best = found.job.rates(), found.choice
     assert predict(best.plan, found.job.subgroups(), rates).update_s == best.update_s
     assert found.step.update_s <= best.update_s * (1 + 1e-9)
     layers = found.job.cost.layers(NODE, found.memory.grad_bytes)
     assert found.step.forward_s == pytest.approx(sum(layer.forward_s for layer in layers))
+    again = predict_step(best.plan, found.job.subgroups(), rates, layers, found.hidden[0].hiding)
+    assert again.step_s == found.step.step_s == min(hidden.step_s for hidden in found.hidden)
+
+
+def test_ways_to_hide_the_update_are_ranked_by_the_step() -> None:
+    """Without clipping the update begins in backward; no step is longer than with everything after backward."""
+    job = TrainingJob(cost_of("llama-7b"), NODE, num_ranks=8)
+    clipped = plan_job(job, Budgets(device_bytes=3 * 2**30))
+    unclipped = plan_job(replace(job, clips=False), Budgets(device_bytes=3 * 2**30))
+    assert clipped.hidden[0].hiding.overlap == "next_forward"
+    assert not any(hidden.hiding.in_backward for hidden in clipped.hidden)
+    assert unclipped.hidden[0].hiding.in_backward
+    (in_order,) = [hidden.step_s for hidden in clipped.hidden if hidden.hiding == IN_ORDER]
+    assert unclipped.step.step_s < clipped.step.step_s < 0.95 * in_order
+    assert [hidden.step_s for hidden in unclipped.hidden] == sorted(hidden.step_s for hidden in unclipped.hidden)
+
+
+def test_slots_in_what_backward_frees_take_nothing_at_the_peak() -> None:
+    """Without recomputation backward frees gigabytes: more slots pass, and the step's peaks stay the same."""
+    cost = transformer_cost("llama-7b", SHAPES["llama-7b"], micro_batch=1, seq=2048, recompute=False)
+    found = plan_job(TrainingJob(cost, NODE, num_ranks=8, clips=False), Budgets(device_bytes=3 * 2**30))
+    assert found.hidden[0].hiding.num_passing_slots == MAX_PASSING_SLOTS
+    assert found.choice.plan.num_buffers(Placement.DEVICE) == found.choice.homes.num_slots + MAX_PASSING_SLOTS
+    without = next(h for h in found.hidden if h.hiding == Hiding("backward", in_backward=True))
+    assert found.step.step_s < 0.95 * without.step_s
+    subgroups, layers = found.job.subgroups(), cost.layers(NODE, found.memory.grad_bytes)
+    plain = predict_step(found.decision.best.plan, subgroups, found.job.rates(), layers)
+    assert max(found.step.peak_bytes.values()) <= max(plain.peak_bytes.values())
+
+
+def test_a_budget_that_the_device_does_not_hold_is_told() -> None:
+    """A quarter of the budget goes to slots and states that do not fit beside the model."""
+    cost = transformer_cost("small", parse_shape(SMALL), micro_batch=1, seq=2048)
+    job = TrainingJob(cost, DESKTOP, subgroup_numel=2 * 10**7)
+    assert plan_job(job).warning is None
+    found = plan_job(job, Budgets(device_bytes=20 * 2**30))
+    assert found.memory.device_bytes > DESKTOP.device_memory_bytes
+    assert found.warning is not None
+    most = re.search(r"the most that fits is device_budget .* \((\d+) bytes\)", found.warning)
+    assert most is not None
+    fits = plan_job(job, Budgets(device_bytes=int(most[1])))
+    assert fits.warning is None
+    assert fits.memory.device_bytes <= DESKTOP.device_memory_bytes
+
+
+def test_wide_gradients_are_planned_with() -> None:
+    job, budgets = TrainingJob(cost_of("llama-7b"), NODE, num_ranks=8), Budgets(device_bytes=0)
+    wide = plan_job(replace(job, grad_itemsize=4), budgets)
+    narrow = plan_job(job, budgets)
+    assert wide.memory.grad_bytes == 2 * narrow.memory.grad_bytes
+    assert wide.choice.update_s > narrow.choice.update_s
+    assert "gradients as wide as parameters" in {lever.name for lever in wide.levers}
+    assert "gradients as wide as parameters" not in {lever.name for lever in narrow.levers}
 
 
 def test_levers_name_what_binds() -> None:
     """On a node whose host memory binds, memory and smaller states help, cores alone do not."""
     found = plan_job(TrainingJob(cost_of("llama-13b"), NODE, num_ranks=8), Budgets(device_bytes=2 * 2**30))
-    assert found.decision.binds == "host memory"
+    assert found.choice.bound.binds == "host memory"
     update_s = {lever.name: lever.update_s for lever in found.levers}
-    before_s = found.decision.best.update_s
+    before_s = found.choice.update_s
     assert update_s["twice the host memory bandwidth"] < 0.8 * before_s
     assert update_s["twice the cores"] > 0.95 * before_s
     formats = [update_s[f"state_format {name}"] for name in ("split16", "bf16", "int8")]
@@ -81,7 +140,7 @@ def test_smaller_states_are_planned_with() -> None:
     whole = plan_job(TrainingJob(cost_of("llama-13b"), NODE, 8), Budgets(device_bytes=2 * 2**30))
     small = plan_job(TrainingJob(cost_of("llama-13b"), NODE, 8, state_format="int8"), Budgets(device_bytes=2 * 2**30))
     assert small.memory.bill.host_state_bytes < whole.memory.bill.host_state_bytes / 2
-    assert small.decision.best.update_s < whole.decision.best.update_s / 2
+    assert small.choice.update_s < whole.choice.update_s / 2
     with pytest.raises(ValueError, match="state_format='fp8' is unknown; known are fp32, split16, bf16, int8"):
         plan_job(TrainingJob(cost_of("llama-13b"), NODE, 8, state_format="fp8"))
 
@@ -89,7 +148,7 @@ def test_smaller_states_are_planned_with() -> None:
 def test_json_holds_the_plan() -> None:
     found = plan_job(TrainingJob(cost_of("llama-7b"), NODE, num_ranks=8), Budgets(device_bytes=3 * 2**30))
     content = json.loads(json.dumps(found.as_dict()))
-    assert Plan.parse(content["plan"]["text"]) == found.decision.best.plan
+    assert Plan.parse(content["plan"]["text"]) == found.choice.plan == found.step.plan
     assert content["memory"]["host"]["node_total"] == 8 * found.memory.bill.host_bytes
     assert content["alternatives"][0]["name"] == found.decision.best.name
 

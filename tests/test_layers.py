@@ -18,7 +18,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     map(
         frozenset,
         (
-            {"plan", "kernels", "accelerators", "hardware", "processors"},
+            {"plan", "kernels", "accelerators", "hardware", "processors", "tensor_file"},
             {
                 "lanes",
                 "accounting",
@@ -37,9 +37,10 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
             {"subgroup", "module_waits", "monitor", "timeline"},
             {"testing", "pool", "policy", "executor", "adam"},
             {"conductor", "early", "final_gradients", "homes", "ordering", "layout", "masters", "perf_model"},
-            {"bounds", "options", "phases"},
+            {"bounds", "layer_costs", "options"},
+            {"phases"},
             {"scheduling", "estimate", "calibration", "timing", "optimizer_state", "updates"},
-            {"planner", "tracing"},
+            {"planner", "tracing", "overlaps"},
             {"candidates"},
             {"controller", "jobs"},
             {"runtime", "streaming"},
@@ -49,7 +50,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
             {"offloaded_state"},
             {"optimizer", "compat"},
             {"optimizers"},
-            {"interconnect"},
+            {"interconnect", "checkpoint"},
             {"report", "doctor"},
             {"cli"},
             {"__init__"},

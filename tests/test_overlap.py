@@ -8,7 +8,8 @@ import io
 import itertools
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from types import ModuleType
@@ -85,8 +86,17 @@ class Recipe:
     num_micro_batches: int = 1
     recompute: bool = False
 
-    def train(self, num_steps: int, **arguments: Any) -> tuple[list[Tensor], dict[str, Tensor], Any]:
-        """Losses, parameters and optimizer state. float16 is autocast's, and its loss scale overflows at first."""
+    @property
+    def may_update_in_backward(self) -> bool:
+        return not self.clip and self.dtype != torch.float16
+
+    def train(
+        self, num_steps: int, *, in_backward: bool = False, **arguments: Any
+    ) -> tuple[list[Tensor], dict[str, Tensor], Any]:
+        """Losses, parameters and optimizer state. float16 is autocast's, and its loss scale overflows at first.
+
+        ``in_backward``: the update begins in the last micro-batch's backward.
+        """
         autocast = self.dtype == torch.float16
         model = language_model(recompute=self.recompute, dtype=torch.float32 if autocast else self.dtype)
         optimizer = offload.AdamW(model.parameters(), **HYPER, **arguments)
@@ -97,7 +107,9 @@ class Recipe:
             for micro_batch in range(self.num_micro_batches):
                 with torch.autocast("sim", torch.float16, enabled=autocast):
                     loss = loss_of_tokens(model, 100 * step + micro_batch) / self.num_micro_batches
-                scaler.scale(loss).backward()
+                is_last = micro_batch == self.num_micro_batches - 1
+                with optimizer.update_in_backward() if in_backward and is_last else nullcontext():
+                    scaler.scale(loss).backward()
                 losses.append(loss.detach())
             scaler.unscale_(optimizer)
             if self.clip:
@@ -118,24 +130,35 @@ RECIPES = [
 ]
 
 
-def check_recipe(recipe: Recipe, num_steps: int, plans: tuple[Any, ...], sim: ModuleType) -> None:
+EXECUTORS = ("lazy", "eager", "random")
+
+
+def check_recipe(recipe: Recipe, num_steps: int, ways: Iterable[tuple[str, Any, str, bool]], sim: ModuleType) -> None:
+    """Train in each of ``ways``: overlap, plan, executor of the emulated device, and whether in backward."""
     sim.configure("sync")
     expected = recipe.train(num_steps, plan="host", overlap="none")
-    for overlap, plan, executor in itertools.product(OVERLAPS, plans, ("lazy", "eager", "random")):
+    for overlap, plan, executor, in_backward in ways:
         sim.configure(executor, seed=num_steps)
-        assert_same_bits(recipe.train(num_steps, plan=plan, overlap=overlap), expected)
+        trained = recipe.train(num_steps, plan=plan, overlap=overlap, in_backward=in_backward)
+        assert_same_bits(trained, expected, f"{overlap}, {plan}, {executor}, in_backward={in_backward}")
         assert sim.races() == []
 
 
 @pytest.mark.parametrize("recipe", [RECIPES[0], RECIPES[11], RECIPES[22]], ids=str)
 def test_overlapped_is_as_in_order(recipe: Recipe, sim: ModuleType) -> None:
-    check_recipe(recipe, 5, (Stride(2),), sim)
+    check_recipe(recipe, 5, itertools.product(OVERLAPS, [Stride(2)], EXECUTORS, [False]), sim)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
 def test_overlapped_is_as_in_order_at_length(recipe: Recipe, sim: ModuleType) -> None:
-    check_recipe(recipe, 50, PLANS, sim)
+    """All modes and placements; executors take turns."""
+    modes = itertools.product(OVERLAPS, PLANS, [False, True] if recipe.may_update_in_backward else [False])
+    ways = [
+        (overlap, plan, executor, in_backward)
+        for (overlap, plan, in_backward), executor in zip(modes, itertools.cycle(EXECUTORS), strict=False)
+    ]
+    check_recipe(recipe, 50, ways, sim)
 
 
 @cache

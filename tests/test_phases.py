@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from offload.hardware import HardwareProfile
+from offload.layer_costs import Layer, room_in_backward, uniform_layers
 from offload.perf_model import Rates, predict
-from offload.phases import Layer, predict_step, uniform_layers
+from offload.phases import Hiding, predict_step
 from offload.plan import Placement, Plan, lower
 from offload.subgroup import Subgroup
 from offload.timeline import exposed_s
@@ -97,3 +98,64 @@ def test_profile_stands_for_its_rates() -> None:
     assert predict_step(plan, subgroups(2), profile, LAYERS) == predict_step(
         plan, subgroups(2), Rates.from_profile(profile), LAYERS
     )
+
+
+# ---- hidden updates. Of one subgroup: gradient down 1 s, CPU 5 s, parameters up 1 s; state 6 s each way, device 2 s.
+
+
+def hidden(plan: str, hiding: Hiding, layers: list[Layer] = LAYERS, num: int = 2) -> tuple[float, float]:
+    """Seconds of a step, and of what the update adds to it."""
+    step = predict_step(Plan.parse(plan), subgroups(num), BY_HAND, layers, hiding)
+    return step.step_s, step.update_s
+
+
+def test_update_in_backward_by_hand() -> None:
+    """The last layer's subgroup: gradient at 15, new at 22; the first's: gradient at 21, down at 22, new at 28."""
+    plan = "D1@0 C1@0 U1@0 D0@1 C0@1 U0@1"
+    assert hidden(plan, Hiding("backward", in_backward=True)) == (28, 7)
+    assert hidden(plan, Hiding("backward")) == (7 + 14 + 5 + 5 + 1, 11)
+
+
+def test_rest_of_the_update_in_backward_runs_under_the_next_forward() -> None:
+    """With the first layer's subgroup done last, its forward waits; with the last layer's, nothing waits but that."""
+    forward_first = "D1@0 C1@0 U1@0 D0@1 C0@1 U0@1"
+    assert hidden(forward_first, Hiding("next_forward", in_backward=True)) == (28, 7)
+    assert hidden("D1@0 C1@0 U1@0", Hiding("next_forward", in_backward=True), num=2)[1] == 0
+
+
+def test_passing_slots_wait_for_their_memory() -> None:
+    """State comes up in the lasting slot at once, in the passing one once the last layer gave its activations back."""
+    layers = [Layer(3.0, 6.0, saved_bytes=12), Layer(4.0, 8.0, saved_bytes=12)]
+    plan = "P0@0 P1@1 G0@0 F0@0 G1@1 F1@1"
+    in_turns = predict_step(Plan.parse(plan), subgroups(2), BY_HAND, layers, Hiding("backward"))
+    passing = predict_step(Plan.parse(plan), subgroups(2), BY_HAND, layers, Hiding("backward", num_passing_slots=1))
+    start_of = {span.name: span.start_s for span in passing.spans if span.lane == "h2d" and span.start_s >= 0}
+    assert start_of["P1@1"] == 15
+    assert passing.update_s == in_turns.update_s == 4
+    most = max(point.num_bytes for point in passing.memory)
+    assert most == max(point.num_bytes for point in in_turns.memory) - 12
+    assert passing.peak_bytes["update"] == in_turns.peak_bytes["update"]
+
+
+def test_gradients_stay_until_their_layer_was_updated() -> None:
+    layers = [Layer(3.0, 6.0, grad_bytes=4, saved_bytes=10), Layer(4.0, 8.0, grad_bytes=4, saved_bytes=20)]
+    step = predict_step(Plan.parse("D0@0 C0@0 U0@0"), subgroups(1), BY_HAND, layers, Hiding("next_forward"))
+    assert [point.num_bytes for point in step.memory if point.phase == "forward"] == [2 + 8, 2 + 14, 2 + 30]
+
+
+def test_room_in_backward() -> None:
+    """Most is 34, in the last layer's backward: 20 + 10 saved, 4 of gradients. What follows it takes less."""
+    layers = [Layer(1, 1, grad_bytes=4, saved_bytes=10), Layer(1, 1, grad_bytes=4, saved_bytes=20)]
+    assert room_in_backward(layers) == [34 - 18, 34 - 8]
+    assert room_in_backward(layers, until_next_forward=True) == [4, 4]
+    assert room_in_backward([]) == []
+
+
+def test_what_cannot_be_hidden_is_told() -> None:
+    plan = Plan.parse("P0@0 G0@0 F0@0")
+    with pytest.raises(ValueError, match=r"num_passing_slots=1 are too many: backward gives back 0 bytes, for 0 slots"):
+        predict_step(plan, subgroups(1), BY_HAND, LAYERS, Hiding("backward", num_passing_slots=1))
+    with pytest.raises(ValueError, match="overlap='auto' is no schedule"):
+        Hiding("auto")
+    with pytest.raises(ValueError, match="with overlap='none' nothing of the update runs in backward"):
+        Hiding("none", in_backward=True)

@@ -10,10 +10,12 @@ from offload.cli.options import add_hardware, add_output, model_cost
 from offload.hardware import HardwareProfile
 from offload.jobs import JobPlan, TrainingJob, plan_job
 from offload.kernels import STATE_FORMATS
+from offload.overlaps import describe
 from offload.pool import Budgets, format_bytes, parse_bytes
 from offload.timeline import draw, write_chrome_trace
 
 MIN_GAIN = 0.01  # of a lever that is listed
+GRAD_ITEMSIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 _MAX_WORDS = 24  # of the plan's text that are printed; --json has all
 
 
@@ -27,6 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seq", type=int, default=2048, help="tokens of a sequence (default 2048)")
     parser.add_argument("--no-recompute", action="store_true", help="keep all activations (shapes only)")
     parser.add_argument("--state-format", default="fp32", help=f"optimizer state: {', '.join(STATE_FORMATS)}")
+    parser.add_argument("--grad-dtype", choices=GRAD_ITEMSIZES, help="of gradients (default: the parameters')")
+    parser.add_argument("--no-clipping", action="store_true", help="gradients are not clipped by their global norm")
     parser.add_argument("--subgroup-numel", type=int, help="parameters in a subgroup")
     parser.add_argument("--num-slots", type=int, help="device buffers for visiting states")
     for kind in ("device", "host", "pinned"):
@@ -45,13 +49,20 @@ def run(options: argparse.Namespace) -> None:
         options.model, micro_batch=options.micro_batch, seq=options.seq, recompute=not options.no_recompute
     )
     job = TrainingJob(
-        cost, profile, options.ranks, options.zero_stage, options.subgroup_numel, options.state_format
-    )  # fmt: skip
+        cost,
+        profile,
+        options.ranks,
+        options.zero_stage,
+        options.subgroup_numel,
+        options.state_format,
+        grad_itemsize=GRAD_ITEMSIZES.get(options.grad_dtype),
+        clips=not options.no_clipping,
+    )
     found = plan_job(job, budgets, num_slots=options.num_slots)
     if options.trace:
         write_chrome_trace(options.trace, found.step.spans)
     if options.plot:
-        choices = (found.decision.best, *found.decision.runners_up[:1])
+        choices = (found.choice, *found.decision.runners_up[:1])
         updates = [(f"update, {choice.name}", choice.prediction.spans) for choice in choices]
         draw([("the whole step", found.step.spans), *updates], options.plot)
     print(json.dumps(found.as_dict(), indent=1) if options.json else report(found))
@@ -63,13 +74,18 @@ def _number(text: str | None) -> str | int | None:
 
 def report(found: JobPlan) -> str:
     """The plan for a reader."""
-    job, decision, step = found.job, found.decision, found.step
-    best, words = decision.best, str(decision.best.plan).split()
+    job, decision, step, best = found.job, found.decision, found.step, found.choice
+    words = str(best.plan).split()
     text = " ".join(words[:_MAX_WORDS]) + (f" ... ({len(words)} operations in all)" if len(words) > _MAX_WORDS else "")
-    rows = [("plan", "update s", "against best")]
+    plans = [("plan", "update s", "against best")]
     for ranked in decision.ranking:
         about = "" if ranked.is_exact else "~"
-        rows.append((ranked.name, f"{about}{ranked.update_s:.4g}", f"{ranked.update_s / best.update_s:.2f}x"))
+        plans.append((ranked.name, f"{about}{ranked.update_s:.4g}", f"{ranked.update_s / best.update_s:.2f}x"))
+    ways = [("how the update hides", "plan", "step s", "update exposed s", "against best")]
+    for hidden in found.hidden:
+        about, against = "" if hidden.is_exact else "~", f"{hidden.step_s / step.step_s:.2f}x"
+        seconds = (f"{about}{hidden.step_s:.4g}", f"{about}{hidden.update_s:.4g}")
+        ways.append((describe(hidden.hiding), hidden.plan_name, *seconds, against))
     levers = [("what would help most", "update s", "faster")]
     levers += [
         (lever.name, f"{lever.update_s:.4g}", f"{best.update_s / lever.update_s:.2f}x")
@@ -82,14 +98,17 @@ def report(found: JobPlan) -> str:
         [
             f"{job.cost.name}: {job.cost.numel:,} parameters, {job.rank_numel:,} updated by each of {job.num_ranks} "
             f"ranks on {job.profile.name} ({job.profile.description})",
+            *([f"WARNING: {found.warning}"] if found.warning else []),
             str(found.memory),
             f"budget of the optimizer: device {format_bytes(found.budgets.device_bytes or 0)}",
             f"predicted step {step.step_s:.4g} s: forward {step.forward_s:.4g}, backward {step.backward_s:.4g}, "
-            f"update {step.update_s:.4g} before the next forward ({best.update_s:.4g} with the last write-back)",
-            f"plan: {best.name}; {decision.binds} binds (seconds each resource needs at least: {bounds})",
+            f"update {step.update_s:.4g} beside them ({best.update_s:.4g} from idle lanes to the last write-back)",
+            f"hidden: {describe(found.hidden[0].hiding)} (overlap={found.hidden[0].hiding.overlap!r})",
+            f"plan: {best.name}; {best.bound.binds} binds (seconds each resource needs at least: {bounds})",
             f"  {text}",
-            format_table(rows),
+            format_table(ways),
+            format_table(plans),
             *(["refused by the budgets:", *refused] if refused else []),
-            format_table(levers) if len(levers) > 1 else f"no lever gains {MIN_GAIN:.0%}: {decision.binds} binds",
+            format_table(levers) if len(levers) > 1 else f"no lever gains {MIN_GAIN:.0%}: {best.bound.binds} binds",
         ]
     )

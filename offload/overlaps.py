@@ -1,0 +1,83 @@
+"""How the update of a plan hides behind the model's own work: the ways there are, each timed as a whole step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from offload.layer_costs import Layer, room_in_backward
+from offload.perf_model import Rates
+from offload.phases import IN_ORDER, Hiding, StepPrediction, predict_step
+from offload.plan import Placement, Plan
+from offload.policy import Overlap
+from offload.scheduling import schedule
+from offload.subgroup import Subgroup
+
+MAX_PASSING_SLOTS = 4  # beyond those that last; more are tried nowhere, as each hides less than the one before
+_WHAT = {
+    "none": "update after backward",
+    "backward": "gradients and states in backward, update after it",
+    "next_forward": "states in backward, update under the next forward",
+}
+
+
+def describe(hiding: Hiding) -> str:
+    """A way to hide the update, for a reader."""
+    what = _WHAT[hiding.overlap]
+    if hiding.in_backward:
+        rest = "its rest under the next forward" if hiding.overlap == "next_forward" else "its rest after it"
+        what = f"update in backward, {rest}"
+    num = hiding.num_passing_slots
+    return what if not num else f"{what}, {num} more slot{'s' if num > 1 else ''} in freed activations"
+
+
+def hide(
+    plan: Plan, subgroups: Sequence[Subgroup], rates: Rates, layers: Sequence[Layer], ways: Iterable[Hiding]
+) -> list[tuple[Hiding, StepPrediction]]:
+    """The step of ``plan`` with its update hidden in each of ``ways``, the shortest first; of equals the first of them.
+
+    A step's own plan says in which order, and through how many slots.
+    """
+    steps = []
+    for hiding in ways:
+        orders = (predict_step(o, subgroups, rates, layers, hiding) for o in _orders(plan, subgroups, rates, hiding))
+        steps.append((hiding, min(orders, key=lambda step: step.step_s)))
+    return sorted(steps, key=lambda item: item[1].step_s)
+
+
+def ways_to_hide(
+    plan: Plan, subgroups: Sequence[Subgroup], layers: Sequence[Layer], *, clips: bool = True
+) -> Iterator[Hiding]:
+    """What of the update may run beside the model's own work, the simplest first.
+
+    Args:
+        clips: gradients are clipped by their global norm, which needs all of them before the first update.
+    """
+    yield IN_ORDER
+    if not layers:
+        return
+    slot_bytes = max((subgroups[i].state_bytes for i, w in plan.placements.items() if w is Placement.DEVICE), default=0)
+    overlaps: tuple[Overlap, ...] = ("backward", "next_forward")
+    for overlap in overlaps:
+        room = max(room_in_backward(layers, until_next_forward=overlap == "next_forward"))
+        most = min(MAX_PASSING_SLOTS, room // slot_bytes if slot_bytes else 0)
+        for in_backward in (False,) if clips else (False, True):
+            for num in dict.fromkeys((0, most)):
+                yield Hiding(overlap, in_backward, num)
+
+
+def _orders(plan: Plan, subgroups: Sequence[Subgroup], rates: Rates, hiding: Hiding) -> Iterator[Plan]:
+    """The plan in the order of the next forward and, where gradients come early, in the order that backward makes them.
+
+    With as many slots more as ``hiding`` has passing ones.
+    """
+    num_slots = plan.num_buffers(Placement.DEVICE) + hiding.num_passing_slots
+    num_staging = plan.num_buffers(Placement.HOST)
+    where = plan.placements
+    placements = [where[subgroup.index] for subgroup in subgroups]
+    if hiding.num_passing_slots:
+        yield schedule(placements, subgroups, rates, num_slots=num_slots, num_staging=num_staging)
+    else:
+        yield plan
+    if hiding.overlap == "backward" or hiding.in_backward:
+        order = range(len(subgroups) - 1, -1, -1)
+        yield schedule(placements, subgroups, rates, num_slots=num_slots, num_staging=num_staging, order=order)
