@@ -33,8 +33,9 @@ from offload._table import format_table
 from offload.hardware import HardwareProfile
 from offload.homes import Homes
 from offload.jobs import equal_subgroups
+from offload.layer_costs import Layer
 from offload.perf_model import Rates
-from offload.phases import Layer, predict_step
+from offload.phases import Hiding, predict_step
 from offload.plan import Placement, Plan, lower
 from offload.planner import Search, stride_plan
 from offload.policy import Overlap
@@ -174,7 +175,7 @@ def simulated(profile: HardwareProfile, name: str, model_numel: float) -> Iterat
     for schedule in SCHEDULES:
         copy_s = 2 * numel / rates.d2h_bytes_per_s if schedule.blocks else 0.0
         layers = [Layer(window_s / NUM_SUBGROUPS, (2 * window_s + copy_s) / NUM_SUBGROUPS)] * NUM_SUBGROUPS
-        step = predict_step(schedule.plan(search), search.subgroups, rates, layers, overlap=schedule.overlap)
+        step = predict_step(schedule.plan(search), search.subgroups, rates, layers, Hiding(schedule.overlap))
         yield Row(profile.name, name, schedule.name, step.step_s, 3 * window_s)
 
 
