@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -87,6 +88,15 @@ def test_blocks_are_streamed_as_one(sim: ModuleType) -> None:
     compat.cpu_offload(model, preload_module_classes=["Embedding"])
     assert all(p.device.type == "cpu" for p in model.parameters())
     assert_same_bits(model(tokens()), build()(tokens()))
+
+
+def test_nothing_outlives_the_model(sim: ModuleType) -> None:
+    model = build()
+    compat.cpu_offload(model)
+    model(tokens())
+    del model
+    gc.collect()
+    assert torch.accelerator.memory_allocated() == 0
 
 
 def test_a_map_without_offloading_moves_the_model(sim: ModuleType) -> None:

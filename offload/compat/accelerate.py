@@ -7,7 +7,6 @@ modules and buffers stay on the device, and training works.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
@@ -21,7 +20,8 @@ from offload.streaming import StreamHandle, stream
 from offload.streaming.blocks import find_blocks
 
 _OFFLOADED = ("cpu", "disk")
-_handles: weakref.WeakKeyDictionary[nn.Module, StreamHandle] = weakref.WeakKeyDictionary()
+# On the model, which the handle refers to: a table of handles would keep every model alive.
+_HANDLE, _INPUT_HOOKS = "_offload_handle", "_offload_input_hooks"
 
 
 def cpu_offload(
@@ -88,10 +88,10 @@ def remove(model: nn.Module) -> None:
     Raises:
         ValueError: if none of them was called on it.
     """
-    handle = _handles.pop(model, None)
+    handle: StreamHandle | None = model.__dict__.pop(_HANDLE, None)
     if handle is None:
         raise ValueError("this model was not offloaded by offload.compat.accelerate")
-    for hook in model.__dict__.pop("_offload_input_hooks"):
+    for hook in model.__dict__.pop(_INPUT_HOOKS):
         hook.remove()
     handle.remove()
 
@@ -135,8 +135,8 @@ def _attach(
         disk=offload_dir if "disk" in kinds else None,
         verbose=False,
     )
-    _handles[model] = handle
-    model.__dict__["_offload_input_hooks"] = _InputHooks(device, skip_keys or ()).register(model)
+    model.__dict__[_HANDLE] = handle
+    model.__dict__[_INPUT_HOOKS] = _InputHooks(device, skip_keys or ()).register(model)
     return model
 
 
