@@ -152,6 +152,7 @@ class Runtime:
     def _set_buffers(self, homes: Homes, subgroups: Sequence[Subgroup]) -> None:
         streams = [lane.stream for lane in (self.lanes.h2d, self.lanes.d2h) if isinstance(lane, StreamLane)]
         self.pool.set_slots(homes.num_slots, homes.slot_bytes(subgroups), streams)
+        self.lanes.h2d.wait(self.lanes.compute.mark())  # which may have yet to let go of a slot's memory
         self.pool.set_stagings(homes.num_staging, homes.staging_bytes(subgroups))
 
     # ---- the plan

@@ -406,3 +406,18 @@ def test_plan_in_order_of_gradients() -> None:
     reordered.validate(5, resident={4})
     assert find_hazards_in_backward([reordered] * 2, [Subgroup(i, 1, 2, 12) for i in range(5)]) == []
     assert Placement.RESIDENT in reordered.placements.values()
+
+
+def test_slots_may_be_memory_that_the_compute_lane_has_just_freed(sim: ModuleType) -> None:
+    """A state may come up before anything else has made the transfers wait for the compute lane."""
+    sim.configure("lazy")
+    optimizer = offload.AdamW([nn.Parameter(torch.ones(4096, device="sim"))], plan="device", num_slots=1)
+    runtime = optimizer.runtime
+    num_bytes = runtime.homes.slot_bytes(runtime.subgroups)
+    runtime.pool.slots = []
+    for _ in range(2):
+        torch.zeros(num_bytes, dtype=torch.uint8, device="sim")  # written and freed at once
+        runtime._set_buffers(runtime.homes, runtime.subgroups)
+        runtime.lanes.h2d.submit(runtime.subgroups[0].prefetch(runtime.pool.slots[0]))
+    runtime.synchronize()
+    assert sim.races() == []
