@@ -94,6 +94,27 @@ def test_no_poison(sim: ModuleType) -> None:
     assert torch.equal(torch.empty(1000, device="sim").cpu(), torch.full((1000,), 3.0))
 
 
+@pytest.mark.parametrize("executor", ["sync", "lazy", "eager"])
+def test_recycled_memory_is_full_of_nan_for_its_first_use_only(sim: ModuleType, executor: str) -> None:
+    sim.configure(executor)
+    x = torch.zeros(1000, device="sim")
+    del x
+    y = torch.empty(1000, device="sim")
+    y[:10] = 1.0
+    y[20:30] = 2.0
+    assert y[:30].nansum().item() == 30
+    assert y.isnan().sum().item() == 980
+
+
+def test_written_memory_stays_when_poison_comes_back(sim: ModuleType) -> None:
+    torch.zeros(1000, device="sim")
+    x = torch.empty(1000, device="sim")
+    sim.configure(poison=False)
+    x.fill_(3)
+    sim.configure(poison=True)
+    assert x.sum().item() == 3000
+
+
 @pytest.mark.parametrize(
     "access",
     ["ctypes.memset(x.data_ptr(), 0, 4)", "ctypes.string_at(x.data_ptr(), 4)"],

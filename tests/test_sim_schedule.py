@@ -204,8 +204,17 @@ def test_flops_are_those_of_torchs_counter(sim: ModuleType) -> None:
     assert sim.host_time_s() == pytest.approx(counter.get_total_flops())
 
 
-@pytest.mark.parametrize("name", ["h100-sxm-node", pytest.param("rtx4090-desktop", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("plan", ["host", Stride(2), Static(0.25), "device"], ids=str)
+PLANS = ["host", Stride(2), Static(0.25), "device"]
+
+
+@pytest.mark.parametrize(
+    ("name", "plan"),
+    [("h100-sxm-node", plan) for plan in PLANS]
+    # Its update on the device is slower than its bytes: several kernels, as in the optimizer it was measured with.
+    + [("dos-h100", "device"), ("dos-h100", Static(0.25))]
+    + [pytest.param("rtx4090-desktop", plan, marks=pytest.mark.slow) for plan in PLANS],
+    ids=str,
+)
 def test_step_takes_what_the_performance_model_says(sim: ModuleType, name: str, plan: Any) -> None:
     """One definition of the schedule, run on streams in virtual time and on virtual lanes."""
     profile = HardwareProfile.load(name)
@@ -219,7 +228,7 @@ def test_step_takes_what_the_performance_model_says(sim: ModuleType, name: str, 
     sim.configure("sync")
     optimizer.step()
     optimizer.synchronize()
-    work = {"h2d", "d2h", "offload::adam_step_"}  # not the look for gradients that are not finite
+    work = {"h2d", "d2h", "offload::update_"}  # not the look for gradients that are not finite
     ran = [span for span in spans() if span.name in work or span.lane == "host"]
     predicted = optimizer.runtime.simulate(Rates.from_profile(profile))
     assert elapsed_s(ran) == pytest.approx(predicted.update_s, rel=0.02)

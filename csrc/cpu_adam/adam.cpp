@@ -11,6 +11,7 @@
 
 #include "affinity.h"
 #include "formats.h"
+#include "padded_block.h"
 #include "scalars.h"
 #include "shares.h"
 #include "state.h"
@@ -34,8 +35,9 @@ namespace {
 using RangeFn = void (*)(const Buffers&, size_t begin, size_t end, const void* scalars);
 
 namespace scalar {
+#define OFFLOAD_LANE "lane_scalar.inl"
 #include "kernel.inl"
-#include "stream.inl"
+#undef OFFLOAD_LANE
 }  // namespace scalar
 
 #if defined(__x86_64__)
@@ -47,10 +49,9 @@ namespace scalar {
 #pragma GCC target("avx2,fma,f16c")
 #endif
 namespace avx2 {
-#define OFFLOAD_VECTOR_LANE "lane_avx2.inl"
+#define OFFLOAD_LANE "lane_avx2.inl"
 #include "kernel.inl"
-#include "stream.inl"
-#undef OFFLOAD_VECTOR_LANE
+#undef OFFLOAD_LANE
 }  // namespace avx2
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -66,10 +67,9 @@ namespace avx2 {
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
 #endif
 namespace avx512 {
-#define OFFLOAD_VECTOR_LANE "lane_avx512.inl"
+#define OFFLOAD_LANE "lane_avx512.inl"
 #include "kernel.inl"
-#include "stream.inl"
-#undef OFFLOAD_VECTOR_LANE
+#undef OFFLOAD_LANE
 }  // namespace avx512
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -130,38 +130,50 @@ class IeeeArithmetic {
 }  // namespace offload
 
 // Raised with every change of a signature or of a struct of scalars; offload/kernels/native.py refuses another.
-OFFLOAD_EXPORT int offload_adam_abi_version() { return 2; }
+OFFLOAD_EXPORT int offload_adam_abi_version() { return 3; }
 
 // isa: 0 scalar, 1 AVX2, 2 AVX-512. Whether this processor (and operating system) runs it.
 OFFLOAD_EXPORT int offload_adam_supports(int isa) { return offload::IsSupported(static_cast<offload::Isa>(isa)); }
 
-// One step over numel elements, in place. rule: 0 Adam, 1 Lion, 2 Adagrad, 3 SGD; scalars point at the struct of that
-// name in scalars.h. state_format: 0 fp32, 1 split16, 2 bf16, 3 int8; state.h says what the state's buffers then are.
-// Formats of grad and param: -1 none (param only), 0 fp32, 1 bfloat16, 2 fp16. Buffers don't overlap; alignment is
-// that of their element. Work is handed out in chunks of chunk_numel elements (> 0, outside fp32 Adam a multiple of
-// 128) to at most num_threads threads, the caller included. Returns 0, or -1 for what isn't known here.
-OFFLOAD_EXPORT int offload_update(int isa, int rule, int state_format, void* master, void* first, void* second,
-                                  float* max_second, float* first_scale, float* second_scale, const void* grad,
-                                  int grad_format, void* param, int param_format, size_t numel, const void* scalars,
-                                  uint32_t key0, uint32_t key1, uint32_t first_index, int num_threads,
-                                  size_t chunk_numel) {
+// What of an update is the same at every step. rule: 0 Adam, 1 Lion, 2 Adagrad, 3 SGD. state_format: 0 fp32, 1 split16,
+// 2 bf16, 3 int8; state.h says what the state's buffers then are. Formats of grad and param: -1 none (param only), 0
+// fp32, 1 bfloat16, 2 fp16. Buffers don't overlap; alignment is that of their element. Work is handed out in chunks of
+// chunk_numel elements (> 0, in int8 a multiple of 128).
+struct OffloadWork {
+  int32_t isa, rule, state_format, grad_format, param_format;
+  void* master;
+  void* first;
+  void* second;
+  float* max_second;
+  float* first_scale;
+  float* second_scale;
+  const void* grad;
+  void* param;
+  size_t numel, chunk_numel;
+};
+
+// One step, in place, by at most num_threads threads, the caller included. scalars: the struct of the rule's name in
+// scalars.h. key and first_index: of Rounding in state.h. Returns 0, or -1 for what isn't known here.
+OFFLOAD_EXPORT int offload_update(const OffloadWork* work, const void* scalars, uint64_t key, uint32_t first_index,
+                                  int num_threads) {
   using namespace offload;
-  if (!IsSupported(static_cast<Isa>(isa)) || chunk_numel == 0) return -1;
-  const Buffers buffers{static_cast<StateFormat>(state_format),
-                        master,
-                        first,
-                        second,
-                        max_second,
-                        first_scale,
-                        second_scale,
-                        grad,
-                        static_cast<Format>(grad_format),
-                        param,
-                        static_cast<Format>(param_format),
-                        Rounding{key0, key1, first_index}};
-  const RangeFn update = Select(static_cast<Isa>(isa), static_cast<RuleKind>(rule), buffers);
+  const Isa isa = static_cast<Isa>(work->isa);
+  if (!IsSupported(isa) || work->chunk_numel == 0) return -1;
+  const Buffers buffers{static_cast<StateFormat>(work->state_format),
+                        work->master,
+                        work->first,
+                        work->second,
+                        work->max_second,
+                        work->first_scale,
+                        work->second_scale,
+                        work->grad,
+                        static_cast<Format>(work->grad_format),
+                        work->param,
+                        static_cast<Format>(work->param_format),
+                        Rounding{static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32), first_index}};
+  const RangeFn update = Select(isa, static_cast<RuleKind>(work->rule), buffers);
   if (update == nullptr) return -1;
-  ForRanges(numel, chunk_numel, num_threads, [&](size_t begin, size_t end) {
+  ForRanges(work->numel, work->chunk_numel, num_threads, [&](size_t begin, size_t end) {
     const IeeeArithmetic arithmetic;
     update(buffers, begin, end, scalars);
   });

@@ -11,6 +11,8 @@ namespace offload {
 // Values of the C ABI, see adam.cpp.
 enum class Format : int { kNone = -1, kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
+inline size_t SizeOf(Format format) { return format == Format::kFloat32 ? 4 : format == Format::kNone ? 0 : 2; }
+
 inline __attribute__((always_inline)) float BitsToFloat(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof(value));

@@ -1,167 +1,208 @@
-// The pass over a range of elements. Included once per instruction set; where the includer names a file with a
-// VectorLane in OFFLOAD_VECTOR_LANE, blocks of 64 elements go through that and the rest through ScalarLane.
-//
-// Adam over fp32 state, where most of the time goes, is written out in full for every format of gradient and copy.
-// Everything else goes through the first-level cache, see staged.inl.
+// The pass over a range of elements: blocks of kStateBlock, two vectors at a time, from any state format through
+// registers back to it. Included once per instruction set, inside its target region and a namespace; OFFLOAD_LANE names
+// the file of its Lane.
 
+// clang-format off: each needs those before it
+#include OFFLOAD_LANE
 #include "rules.inl"
-#ifdef OFFLOAD_VECTOR_LANE
-#include OFFLOAD_VECTOR_LANE
-#endif
+#include "codec.inl"
+#include "stream.inl"
+// clang-format on
 
-struct ScalarLane {
-  using Vec = float;
-  static constexpr size_t kWidth = 1;
-
-  static OFFLOAD_INLINE Vec Broadcast(float x) { return x; }
-  static OFFLOAD_INLINE Vec Load(const float* a) { return *a; }
-  static OFFLOAD_INLINE void Store(float* a, Vec x) { *a = x; }
-  static OFFLOAD_INLINE Vec Add(Vec a, Vec b) { return a + b; }
-  static OFFLOAD_INLINE Vec Sub(Vec a, Vec b) { return a - b; }
-  static OFFLOAD_INLINE Vec Mul(Vec a, Vec b) { return a * b; }
-  static OFFLOAD_INLINE Vec Div(Vec a, Vec b) { return a / b; }
-  static OFFLOAD_INLINE Vec Sqrt(Vec a) { return __builtin_sqrtf(a); }
-  static OFFLOAD_INLINE Vec Fma(Vec a, Vec b, Vec c) { return __builtin_fmaf(a, b, c); }
-  static OFFLOAD_INLINE Vec Max(Vec a, Vec b) { return (a != a || b != b) ? a + b : (a > b ? a : b); }
-  static OFFLOAD_INLINE Vec Sign(Vec x) { return x > 0.0f ? 1.0f : (x < 0.0f ? -1.0f : x); }  // zero and NaN: as is
+// One vector of elements. Moments that a rule doesn't keep are zero.
+struct Elements {
+  Vec param, first, second, max_second;
 };
 
-template <Format kGrad>
-OFFLOAD_INLINE float LoadScalar(const void* grad, size_t i) {
-  if constexpr (kGrad == Format::kFloat32) {
-    return static_cast<const float*>(grad)[i];
+template <StateFormat kState, class Code>
+OFFLOAD_INLINE Vec LoadMoment(const void* moment, const float* scales, size_t i) {
+  if constexpr (kState == StateFormat::kBFloat16) return WidenBFloat16(static_cast<const uint16_t*>(moment) + i);
+  if constexpr (kState == StateFormat::kInt8) {
+    return WidenCodes(static_cast<const Code*>(moment) + i, scales[i / kStateBlock]);
+  }
+  return Lane::Load(static_cast<const float*>(moment) + i);
+}
+
+template <class Rule, StateFormat kState>
+OFFLOAD_INLINE Elements Read(const Buffers& b, size_t i) {
+  constexpr bool kHasSignedSecond = Rule::kHasSecond && kState != StateFormat::kInt8;
+  const Vec zero = Lane::Broadcast(0.0f);
+  Elements e{zero, zero, zero, zero};
+  if constexpr (Rule::kHasFirst) e.first = LoadMoment<kState, int8_t>(b.first, b.first_scale, i);
+  if constexpr (Rule::kHasSecond) e.second = LoadMoment<kState, uint8_t>(b.second, b.second_scale, i);
+  if constexpr (kState == StateFormat::kFloat32) {
+    e.param = Lane::Load(static_cast<const float*>(b.master) + i);
   } else {
-    const uint16_t half = static_cast<const uint16_t*>(grad)[i];
-    return kGrad == Format::kBFloat16 ? BFloat16ToFloat(half) : Float16ToFloat(half);
+    Int master = JoinMaster(b.param, b.master, i);
+    if constexpr (kHasSignedSecond) {
+      master = Lane::AddInt(master, Lane::ShiftRight<31>(Lane::Bits(e.second)));
+      e.second = Lane::FromBits(Magnitude(e.second));
+    }
+    e.param = Lane::FromBits(master);
+  }
+  if constexpr (Rule::kHasMaxSecond) e.max_second = Lane::Load(b.max_second + i);
+  return e;
+}
+
+template <class Rule, StateFormat kState>
+OFFLOAD_INLINE Elements ReadAndStep(const Buffers& b, size_t i, const Rule& rule) {
+  Elements e = Read<Rule, kState>(b, i);
+  rule.Step(e.param, e.first, e.second, e.max_second, LoadFloats(b.grad, b.grad_format, i));
+  return e;
+}
+
+OFFLOAD_INLINE void StoreVectors(void* target, size_t i, Vec x, Vec y) {
+  Lane::Store(static_cast<float*>(target) + i, x);
+  Lane::Store(static_cast<float*>(target) + i + Lane::kWidth, y);
+}
+
+// Parameter and master; in compact formats the ties among them go to the second moment's sign, if it has one.
+template <class Rule, StateFormat kState>
+OFFLOAD_INLINE void WriteParam(const Buffers& b, size_t i, Elements& x, Elements& y, bool streaming) {
+  if constexpr (kState == StateFormat::kFloat32) {
+    StoreVectors(b.master, i, x.param, y.param);
+    StoreFloats(b.param, b.param_format, i, x.param, y.param, streaming);
+    return;
+  }
+  const Halves of_x = SplitMaster(x.param), of_y = SplitMaster(y.param);
+  Lane::StorePair(static_cast<uint16_t*>(b.param) + i, of_x.param, of_y.param, false);
+  Lane::StorePair(static_cast<uint16_t*>(b.master) + i, of_x.remainder, of_y.remainder, false);
+  if constexpr (Rule::kHasSecond && kState != StateFormat::kInt8) {
+    const Int sign = Lane::BroadcastInt(0x80000000u);
+    x.second = Lane::FromBits(Lane::Or(Lane::Bits(x.second), Lane::Where(of_x.is_tie, sign)));
+    y.second = Lane::FromBits(Lane::Or(Lane::Bits(y.second), Lane::Where(of_y.is_tie, sign)));
   }
 }
 
-template <Format kOut>
-OFFLOAD_INLINE void StoreScalar(void* out, size_t i, float value) {
-  if constexpr (kOut == Format::kFloat32) static_cast<float*>(out)[i] = value;
-  if constexpr (kOut == Format::kBFloat16) static_cast<uint16_t*>(out)[i] = FloatToBFloat16(value);
-  if constexpr (kOut == Format::kFloat16) static_cast<uint16_t*>(out)[i] = FloatToFloat16(value);
+template <bool kIsSecond>
+OFFLOAD_INLINE void RoundMoment(void* moment, size_t i, Vec x, Vec y, Int random_x, Int random_y) {
+  const Int rounded_x = RoundUpAt(CanonicalBits(x), Threshold<kIsSecond>(random_x));
+  const Int rounded_y = RoundUpAt(CanonicalBits(y), Threshold<kIsSecond>(random_y));
+  Lane::StorePair(static_cast<uint16_t*>(moment) + i, rounded_x, rounded_y, false);
 }
 
-template <Format kGrad, Format kOut>
-void UpdateScalar(const Buffers& b, size_t begin, size_t end, const AdamScalars& scalars) {
-  const Adam<ScalarLane> rule(scalars);
-  float* master = static_cast<float*>(b.master);
-  float* exp_avg = static_cast<float*>(b.first);
-  float* exp_avg_sq = static_cast<float*>(b.second);
-  for (size_t i = begin; i < end; ++i) {
-    rule.Step(master[i], exp_avg[i], exp_avg_sq[i], b.max_second != nullptr ? b.max_second + i : nullptr,
-              LoadScalar<kGrad>(b.grad, i));
-    StoreScalar<kOut>(b.param, i, master[i]);
-  }
-}
-
-#ifdef OFFLOAD_VECTOR_LANE
-
-template <Format kGrad>
-OFFLOAD_INLINE VectorLane::Vec LoadVector(const void* grad, size_t i) {
-  if constexpr (kGrad == Format::kFloat32) {
-    return VectorLane::Load(static_cast<const float*>(grad) + i);
+template <class Rule, StateFormat kState>
+OFFLOAD_INLINE void WriteMoments(const Buffers& b, size_t i, const Elements& x, const Elements& y) {
+  if constexpr (Rule::kHasMaxSecond) StoreVectors(b.max_second, i, x.max_second, y.max_second);
+  if constexpr (kState == StateFormat::kBFloat16) {
+    const Int random_x = RandomBits(b.rounding, i), random_y = RandomBits(b.rounding, i + Lane::kWidth);
+    if constexpr (Rule::kHasFirst) RoundMoment<false>(b.first, i, x.first, y.first, random_x, random_y);
+    if constexpr (Rule::kHasSecond) RoundMoment<true>(b.second, i, x.second, y.second, random_x, random_y);
   } else {
-    const uint16_t* half = static_cast<const uint16_t*>(grad) + i;
-    return kGrad == Format::kBFloat16 ? VectorLane::LoadBFloat16(half) : VectorLane::LoadFloat16(half);
+    if constexpr (Rule::kHasFirst) StoreVectors(b.first, i, x.first, y.first);
+    if constexpr (Rule::kHasSecond) StoreVectors(b.second, i, x.second, y.second);
   }
 }
 
-// Two vectors at a time, so that 16-bit copies fill whole registers.
-template <Format kOut>
-OFFLOAD_INLINE void StorePair(void* out, size_t i, VectorLane::Vec first, VectorLane::Vec second, bool streaming) {
-  if constexpr (kOut == Format::kFloat32) {
-    VectorLane::StoreCopy(static_cast<float*>(out) + i, first, streaming);
-    VectorLane::StoreCopy(static_cast<float*>(out) + i + VectorLane::kWidth, second, streaming);
-  } else if constexpr (kOut != Format::kNone) {
-    const auto halves =
-        kOut == Format::kBFloat16 ? VectorLane::PackBFloat16(first, second) : VectorLane::PackFloat16(first, second);
-    VectorLane::StoreCopy(static_cast<uint16_t*>(out) + i, halves, streaming);
-  }
-}
+// The moments of a block in fp32, until its scales are known.
+struct Moments {
+  alignas(64) float first[kStateBlock];
+  alignas(64) float second[kStateBlock];
+  Int largest_first, largest_second;
 
-OFFLOAD_INLINE VectorLane::Vec UpdateVector(const Buffers& b, size_t i, VectorLane::Vec grad,
-                                            const Adam<VectorLane>& rule) {
-  float* master = static_cast<float*>(b.master) + i;
-  float* first = static_cast<float*>(b.first) + i;
-  float* second = static_cast<float*>(b.second) + i;
-  VectorLane::Vec param = VectorLane::Load(master);
-  VectorLane::Vec exp_avg = VectorLane::Load(first);
-  VectorLane::Vec exp_avg_sq = VectorLane::Load(second);
-  if (b.max_second != nullptr) {
-    VectorLane::Vec max_exp_avg_sq = VectorLane::Load(b.max_second + i);
-    rule.Step(param, exp_avg, exp_avg_sq, &max_exp_avg_sq, grad);
-    VectorLane::Store(b.max_second + i, max_exp_avg_sq);
-  } else {
-    rule.Step(param, exp_avg, exp_avg_sq, nullptr, grad);
-  }
-  VectorLane::Store(master, param);
-  VectorLane::Store(first, exp_avg);
-  VectorLane::Store(second, exp_avg_sq);
-  return param;
-}
+  // Written out: a constructor that the compiler makes is made outside the target region.
+  OFFLOAD_INLINE Moments() : largest_first(Lane::BroadcastInt(0)), largest_second(Lane::BroadcastInt(0)) {}
 
-// Only the parameter copy is written with streaming stores: the state is read first, and a line that is already on
-// its way through the cache is cheaper to write back than to write around.
-template <Format kGrad, Format kOut>
-void UpdateRange(const Buffers& buffers, size_t begin, size_t end, const void* scalars) {
-  constexpr size_t kBlock = 64;
-  constexpr size_t kOutBytes = kOut == Format::kFloat32 ? 4 : 2;
-  const Buffers b = buffers;  // a local copy: the stores below can't alias it
-  const AdamScalars& s = *static_cast<const AdamScalars*>(scalars);
-  const Adam<VectorLane> rule(s);
-  const uintptr_t out_address = reinterpret_cast<uintptr_t>(b.param) + begin * kOutBytes;
-  const bool streaming = kOut != Format::kNone && out_address % sizeof(VectorLane::Vec) == 0;
-  size_t i = begin;
-  for (; end - i >= kBlock; i += kBlock) {
-    for (size_t j = i; j < i + kBlock; j += 2 * VectorLane::kWidth) {
-      const size_t next = j + VectorLane::kWidth;
-      const VectorLane::Vec first = UpdateVector(b, j, LoadVector<kGrad>(b.grad, j), rule);
-      const VectorLane::Vec second = UpdateVector(b, next, LoadVector<kGrad>(b.grad, next), rule);
-      StorePair<kOut>(b.param, j, first, second, streaming);
+  OFFLOAD_INLINE void Put(size_t k, const Elements& x, const Elements& y) {
+    StoreVectors(first, k, x.first, y.first);
+    StoreVectors(second, k, x.second, y.second);
+    largest_first = Lane::MaxInt(largest_first, Lane::MaxInt(Magnitude(x.first), Magnitude(y.first)));
+    largest_second = Lane::MaxInt(largest_second, Lane::MaxInt(Magnitude(x.second), Magnitude(y.second)));
+  }
+
+  template <class Rule>
+  OFFLOAD_INLINE void Write(const Buffers& b, size_t i) const {
+    const size_t block = i / kStateBlock;
+    if constexpr (Rule::kHasFirst) {
+      b.first_scale[block] = NarrowBlock<false>(first, largest_first, b.rounding, i, b.first);
+    }
+    if constexpr (Rule::kHasSecond) {
+      b.second_scale[block] = NarrowBlock<true>(second, largest_second, b.rounding, i, b.second);
     }
   }
-  if (streaming) _mm_sfence();  // streaming stores are ordered with nothing else until here
-  UpdateScalar<kGrad, kOut>(b, i, end, s);
+};
+
+// Two vectors of the block that begins at `begin`; in int8 the moments are only put by.
+template <class Rule, StateFormat kState>
+OFFLOAD_INLINE void Write(const Buffers& b, size_t i, Elements& x, Elements& y, bool streaming, size_t begin,
+                          Moments& moments) {
+  WriteParam<Rule, kState>(b, i, x, y, streaming);
+  if constexpr (kState == StateFormat::kInt8) {
+    moments.Put(i - begin, x, y);
+  } else {
+    WriteMoments<Rule, kState>(b, i, x, y);
+  }
 }
 
-#else
+// Two vectors are written while the next two are computed: roots and divisions take long, and what waits for them would
+// leave the processor no room to look further ahead for other work.
+template <class Rule, StateFormat kState>
+OFFLOAD_INLINE void UpdateBlock(const Buffers& b, size_t begin, const Rule& rule, bool streaming) {
+  constexpr size_t kPair = 2 * Lane::kWidth;
+  Moments moments;
+  Elements x = ReadAndStep<Rule, kState>(b, begin, rule), y = ReadAndStep<Rule, kState>(b, begin + Lane::kWidth, rule);
+  for (size_t i = begin + kPair; i < begin + kStateBlock; i += kPair) {
+    const Elements next_x = ReadAndStep<Rule, kState>(b, i, rule);
+    const Elements next_y = ReadAndStep<Rule, kState>(b, i + Lane::kWidth, rule);
+    Write<Rule, kState>(b, i - kPair, x, y, streaming, begin, moments);
+    x = next_x;
+    y = next_y;
+  }
+  Write<Rule, kState>(b, begin + kStateBlock - kPair, x, y, streaming, begin, moments);
+  if constexpr (kState == StateFormat::kInt8) moments.template Write<Rule>(b, begin);
+}
 
-template <Format kGrad, Format kOut>
+// Only a parameter copy beside a master is written with streaming stores: all else is read first, and a line that is
+// already on its way through the cache is cheaper to write back than to write around.
+OFFLOAD_INLINE bool CanStream(const Buffers& b, size_t begin) {
+  const uintptr_t address = reinterpret_cast<uintptr_t>(b.param) + begin * SizeOf(b.param_format);
+  return b.param_format != Format::kNone && address % sizeof(Vec) == 0;
+}
+
+// In kInt8 begin is a multiple of kStateBlock.
+template <class Rule, StateFormat kState>
 void UpdateRange(const Buffers& buffers, size_t begin, size_t end, const void* scalars) {
-  UpdateScalar<kGrad, kOut>(buffers, begin, end, *static_cast<const AdamScalars*>(scalars));
+  const Buffers whole = buffers;  // a local copy: the stores below can't alias it
+  const Rule rule(*static_cast<const typename Rule::Scalars*>(scalars));
+  const bool streaming = kState == StateFormat::kFloat32 && CanStream(whole, begin);
+  PaddedBlock last;
+  for (size_t i = begin; i < end; i += kStateBlock) {
+    if (end - i >= kStateBlock) {
+      UpdateBlock<Rule, kState>(whole, i, rule, streaming);
+    } else {
+      last.Fill(whole, i, end - i);
+      UpdateBlock<Rule, kState>(last.buffers(), 0, rule, false);
+      last.WriteBack();
+    }
+  }
+  if (streaming) Lane::FinishStreaming();  // streaming stores are ordered with nothing else until here
 }
 
-#endif  // OFFLOAD_VECTOR_LANE
-
-template <Format kGrad>
-RangeFn SelectOut(Format out) {
-  switch (out) {
-    case Format::kNone:
-      return UpdateRange<kGrad, Format::kNone>;
-    case Format::kFloat32:
-      return UpdateRange<kGrad, Format::kFloat32>;
-    case Format::kBFloat16:
-      return UpdateRange<kGrad, Format::kBFloat16>;
-    case Format::kFloat16:
-      return UpdateRange<kGrad, Format::kFloat16>;
+template <class Rule>
+RangeFn SelectFormat(StateFormat state_format) {
+  switch (state_format) {
+    case StateFormat::kFloat32:
+      return UpdateRange<Rule, StateFormat::kFloat32>;
+    case StateFormat::kSplit16:
+      return UpdateRange<Rule, StateFormat::kSplit16>;
+    case StateFormat::kBFloat16:
+      return UpdateRange<Rule, StateFormat::kBFloat16>;
+    case StateFormat::kInt8:
+      return UpdateRange<Rule, StateFormat::kInt8>;
   }
   return nullptr;
 }
 
-inline RangeFn SelectDirect(Format grad, Format out) {
-  switch (grad) {
-    case Format::kFloat32:
-      return SelectOut<Format::kFloat32>(out);
-    case Format::kBFloat16:
-      return SelectOut<Format::kBFloat16>(out);
-    case Format::kFloat16:
-      return SelectOut<Format::kFloat16>(out);
-    case Format::kNone:
-      break;
+inline RangeFn Select(RuleKind rule, const Buffers& b) {
+  switch (rule) {
+    case RuleKind::kAdam:
+      return b.max_second == nullptr ? SelectFormat<Adam>(b.state_format) : SelectFormat<AdamAmsgrad>(b.state_format);
+    case RuleKind::kLion:
+      return SelectFormat<Lion>(b.state_format);
+    case RuleKind::kAdagrad:
+      return SelectFormat<Adagrad>(b.state_format);
+    case RuleKind::kSgd:
+      return b.first == nullptr ? SelectFormat<Sgd>(b.state_format) : SelectFormat<SgdMomentum>(b.state_format);
   }
   return nullptr;
 }
-
-#include "staged.inl"

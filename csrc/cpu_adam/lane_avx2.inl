@@ -1,7 +1,9 @@
-// Eight fp32 lanes. Included inside the AVX2 target region.
+// Eight fp32 lanes. Included inside the AVX2 target region. See lane_scalar.inl.
 
-struct VectorLane {
+struct Lane {
   using Vec = __m256;
+  using Int = __m256i;
+  using Mask = __m256i;  // all ones or zeros
   static constexpr size_t kWidth = 8;
 
   static OFFLOAD_INLINE Vec Broadcast(float x) { return _mm256_set1_ps(x); }
@@ -21,38 +23,77 @@ struct VectorLane {
     return _mm256_blendv_ps(x, one, _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_NEQ_OQ));
   }
 
-  static OFFLOAD_INLINE Vec LoadBFloat16(const uint16_t* a) {
-    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(a));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+  static OFFLOAD_INLINE Int Bits(Vec x) { return _mm256_castps_si256(x); }
+  static OFFLOAD_INLINE Vec FromBits(Int x) { return _mm256_castsi256_ps(x); }
+  static OFFLOAD_INLINE Int BroadcastInt(uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x)); }
+  static OFFLOAD_INLINE Int CountFrom(uint32_t first) {
+    return AddInt(BroadcastInt(first), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   }
-  static OFFLOAD_INLINE Vec LoadFloat16(const uint16_t* a) {
-    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(a)));
+  static OFFLOAD_INLINE Int LoadInt(const uint32_t* a) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a));
+  }
+  static OFFLOAD_INLINE void StoreInt(uint32_t* a, Int x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(a), x); }
+  static OFFLOAD_INLINE Int AddInt(Int a, Int b) { return _mm256_add_epi32(a, b); }
+  static OFFLOAD_INLINE Int SubInt(Int a, Int b) { return _mm256_sub_epi32(a, b); }
+  static OFFLOAD_INLINE Int MulInt(Int a, Int b) { return _mm256_mullo_epi32(a, b); }
+  static OFFLOAD_INLINE Int And(Int a, Int b) { return _mm256_and_si256(a, b); }
+  static OFFLOAD_INLINE Int Or(Int a, Int b) { return _mm256_or_si256(a, b); }
+  static OFFLOAD_INLINE Int Xor(Int a, Int b) { return _mm256_xor_si256(a, b); }
+  template <int kBits>
+  static OFFLOAD_INLINE Int ShiftLeft(Int x) {
+    return _mm256_slli_epi32(x, kBits);
+  }
+  template <int kBits>
+  static OFFLOAD_INLINE Int ShiftRight(Int x) {
+    return _mm256_srli_epi32(x, kBits);
+  }
+  static OFFLOAD_INLINE Int SpreadSign(Int x) { return _mm256_srai_epi32(x, 31); }
+  static OFFLOAD_INLINE Int MaxInt(Int a, Int b) { return _mm256_max_epi32(a, b); }
+  static OFFLOAD_INLINE Int MinInt(Int a, Int b) { return _mm256_min_epi32(a, b); }
+  static OFFLOAD_INLINE uint32_t Largest(Int x) {
+    alignas(32) uint32_t lanes[kWidth];
+    StoreInt(lanes, x);
+    return *std::max_element(lanes, lanes + kWidth);
   }
 
-  // bfloat16 in the low half of each 32-bit lane; see FloatToBFloat16.
-  static OFFLOAD_INLINE __m256i RoundToBFloat16(Vec x) {
-    const __m256i bits = _mm256_castps_si256(x);
-    const __m256i is_odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i bias = _mm256_add_epi32(_mm256_set1_epi32(0x7fff), is_odd);
-    const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, bias), 16);
-    const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
-    return _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), is_nan);
-  }
-  static OFFLOAD_INLINE __m256i PackBFloat16(Vec first, Vec second) {
-    // packus interleaves 128-bit halves: permute the quarters back into order.
-    const __m256i packed = _mm256_packus_epi32(RoundToBFloat16(first), RoundToBFloat16(second));
-    return _mm256_permute4x64_epi64(packed, 0xD8);
-  }
-  static OFFLOAD_INLINE __m256i PackFloat16(Vec first, Vec second) {
-    return _mm256_set_m128i(_mm256_cvtps_ph(second, _MM_FROUND_TO_NEAREST_INT),
-                            _mm256_cvtps_ph(first, _MM_FROUND_TO_NEAREST_INT));
+  static OFFLOAD_INLINE Mask IsNan(Vec x) { return Bits(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)); }
+  static OFFLOAD_INLINE Mask Greater(Vec a, Vec b) { return Bits(_mm256_cmp_ps(a, b, _CMP_GT_OQ)); }
+  static OFFLOAD_INLINE Mask EqualInt(Int a, Int b) { return _mm256_cmpeq_epi32(a, b); }
+  static OFFLOAD_INLINE Int Select(Mask mask, Int yes, Int no) { return _mm256_blendv_epi8(no, yes, mask); }
+  static OFFLOAD_INLINE Int Where(Mask mask, Int x) { return And(mask, x); }
+  static OFFLOAD_INLINE Int AddWhere(Mask mask, Int x) { return SubInt(x, mask); }
+  static OFFLOAD_INLINE Int SubWhere(Mask mask, Int x) { return AddInt(x, mask); }
+
+  static OFFLOAD_INLINE Int Truncate(Vec x) { return _mm256_cvttps_epi32(x); }
+  static OFFLOAD_INLINE Vec ToFloat(Int x) { return _mm256_cvtepi32_ps(x); }
+  static OFFLOAD_INLINE Int LoadWide(const uint16_t* a) { return _mm256_cvtepu16_epi32(Load16Bytes(a)); }
+  static OFFLOAD_INLINE Int LoadWide(const int16_t* a) { return _mm256_cvtepi16_epi32(Load16Bytes(a)); }
+  static OFFLOAD_INLINE Int LoadWide(const uint8_t* a) { return _mm256_cvtepu8_epi32(Load8Bytes(a)); }
+  static OFFLOAD_INLINE Int LoadWide(const int8_t* a) { return _mm256_cvtepi8_epi32(Load8Bytes(a)); }
+  static OFFLOAD_INLINE Vec LoadFloat16(const uint16_t* a) { return _mm256_cvtph_ps(Load16Bytes(a)); }
+  static OFFLOAD_INLINE Int ToFloat16(Vec x) {
+    return _mm256_cvtepu16_epi32(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
   }
 
-  static OFFLOAD_INLINE void StoreCopy(float* a, Vec x, bool streaming) {
-    streaming ? _mm256_stream_ps(a, x) : _mm256_storeu_ps(a, x);
-  }
-  static OFFLOAD_INLINE void StoreCopy(uint16_t* a, __m256i x, bool streaming) {
+  static OFFLOAD_INLINE void StorePair(uint16_t* a, Int x, Int y, bool streaming) {
+    const Int halves = Pack(x, y);
     __m256i* destination = reinterpret_cast<__m256i*>(a);
-    streaming ? _mm256_stream_si256(destination, x) : _mm256_storeu_si256(destination, x);
+    streaming ? _mm256_stream_si256(destination, halves) : _mm256_storeu_si256(destination, halves);
   }
+  static OFFLOAD_INLINE void StorePair(uint8_t* a, Int x, Int y) {
+    const Int halves = Pack(x, y);
+    const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(a), bytes);
+  }
+  static OFFLOAD_INLINE void StorePair(float* a, Vec x, Vec y, bool streaming) {
+    streaming ? _mm256_stream_ps(a, x) : _mm256_storeu_ps(a, x);
+    streaming ? _mm256_stream_ps(a + kWidth, y) : _mm256_storeu_ps(a + kWidth, y);
+  }
+  static OFFLOAD_INLINE void FinishStreaming() { _mm_sfence(); }
+
+ private:
+  static OFFLOAD_INLINE __m128i Load16Bytes(const void* a) { return _mm_loadu_si128(static_cast<const __m128i*>(a)); }
+  static OFFLOAD_INLINE __m128i Load8Bytes(const void* a) { return _mm_loadl_epi64(static_cast<const __m128i*>(a)); }
+  // Sixteen 16-bit values in order: packus interleaves 128-bit halves.
+  static OFFLOAD_INLINE Int Pack(Int x, Int y) { return _mm256_permute4x64_epi64(_mm256_packus_epi32(x, y), 0xD8); }
 };

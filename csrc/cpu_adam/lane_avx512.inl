@@ -1,7 +1,9 @@
-// Sixteen fp32 lanes. Included inside the AVX-512 target region.
+// Sixteen fp32 lanes. Included inside the AVX-512 target region. See lane_scalar.inl.
 
-struct VectorLane {
+struct Lane {
   using Vec = __m512;
+  using Int = __m512i;
+  using Mask = __mmask16;
   static constexpr size_t kWidth = 16;
 
   static OFFLOAD_INLINE Vec Broadcast(float x) { return _mm512_set1_ps(x); }
@@ -21,39 +23,75 @@ struct VectorLane {
     return _mm512_mask_mov_ps(x, _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_NEQ_OQ), one);
   }
 
-  static OFFLOAD_INLINE Vec LoadBFloat16(const uint16_t* a) {
-    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+  static OFFLOAD_INLINE Int Bits(Vec x) { return _mm512_castps_si512(x); }
+  static OFFLOAD_INLINE Vec FromBits(Int x) { return _mm512_castsi512_ps(x); }
+  static OFFLOAD_INLINE Int BroadcastInt(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
+  static OFFLOAD_INLINE Int CountFrom(uint32_t first) {
+    return AddInt(BroadcastInt(first), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
   }
-  static OFFLOAD_INLINE Vec LoadFloat16(const uint16_t* a) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a)));
+  static OFFLOAD_INLINE Int LoadInt(const uint32_t* a) { return _mm512_loadu_si512(a); }
+  static OFFLOAD_INLINE void StoreInt(uint32_t* a, Int x) { _mm512_storeu_si512(a, x); }
+  static OFFLOAD_INLINE Int AddInt(Int a, Int b) { return _mm512_add_epi32(a, b); }
+  static OFFLOAD_INLINE Int SubInt(Int a, Int b) { return _mm512_sub_epi32(a, b); }
+  static OFFLOAD_INLINE Int MulInt(Int a, Int b) { return _mm512_mullo_epi32(a, b); }
+  static OFFLOAD_INLINE Int And(Int a, Int b) { return _mm512_and_si512(a, b); }
+  static OFFLOAD_INLINE Int Or(Int a, Int b) { return _mm512_or_si512(a, b); }
+  static OFFLOAD_INLINE Int Xor(Int a, Int b) { return _mm512_xor_si512(a, b); }
+  template <int kBits>
+  static OFFLOAD_INLINE Int ShiftLeft(Int x) {
+    return _mm512_slli_epi32(x, kBits);
+  }
+  template <int kBits>
+  static OFFLOAD_INLINE Int ShiftRight(Int x) {
+    return _mm512_srli_epi32(x, kBits);
+  }
+  static OFFLOAD_INLINE Int SpreadSign(Int x) { return _mm512_srai_epi32(x, 31); }
+  static OFFLOAD_INLINE Int MaxInt(Int a, Int b) { return _mm512_max_epi32(a, b); }
+  static OFFLOAD_INLINE Int MinInt(Int a, Int b) { return _mm512_min_epi32(a, b); }
+  static OFFLOAD_INLINE uint32_t Largest(Int x) {
+    alignas(64) uint32_t lanes[kWidth];
+    StoreInt(lanes, x);
+    return *std::max_element(lanes, lanes + kWidth);
   }
 
-  // See FloatToBFloat16.
-  static OFFLOAD_INLINE __m256i RoundToBFloat16(Vec x) {
-    const __m512i bits = _mm512_castps_si512(x);
-    const __m512i is_odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i bias = _mm512_add_epi32(_mm512_set1_epi32(0x7fff), is_odd);
-    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, bias), 16);
-    const __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-    return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, is_nan, _mm512_set1_epi32(0x7fc0)));
-  }
-  static OFFLOAD_INLINE __m512i Concatenate(__m256i first, __m256i second) {
-    return _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
-  }
-  static OFFLOAD_INLINE __m512i PackBFloat16(Vec first, Vec second) {
-    return Concatenate(RoundToBFloat16(first), RoundToBFloat16(second));
-  }
-  static OFFLOAD_INLINE __m512i PackFloat16(Vec first, Vec second) {
-    return Concatenate(_mm512_cvtps_ph(first, _MM_FROUND_TO_NEAREST_INT),
-                       _mm512_cvtps_ph(second, _MM_FROUND_TO_NEAREST_INT));
+  static OFFLOAD_INLINE Mask IsNan(Vec x) { return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q); }
+  static OFFLOAD_INLINE Mask Greater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+  static OFFLOAD_INLINE Mask EqualInt(Int a, Int b) { return _mm512_cmpeq_epi32_mask(a, b); }
+  static OFFLOAD_INLINE Int Select(Mask mask, Int yes, Int no) { return _mm512_mask_mov_epi32(no, mask, yes); }
+  static OFFLOAD_INLINE Int Where(Mask mask, Int x) { return _mm512_maskz_mov_epi32(mask, x); }
+  static OFFLOAD_INLINE Int AddWhere(Mask mask, Int x) { return _mm512_mask_add_epi32(x, mask, x, BroadcastInt(1)); }
+  static OFFLOAD_INLINE Int SubWhere(Mask mask, Int x) { return _mm512_mask_sub_epi32(x, mask, x, BroadcastInt(1)); }
+
+  static OFFLOAD_INLINE Int Truncate(Vec x) { return _mm512_cvttps_epi32(x); }
+  static OFFLOAD_INLINE Vec ToFloat(Int x) { return _mm512_cvtepi32_ps(x); }
+  static OFFLOAD_INLINE Int LoadWide(const uint16_t* a) { return _mm512_cvtepu16_epi32(Load32Bytes(a)); }
+  static OFFLOAD_INLINE Int LoadWide(const int16_t* a) { return _mm512_cvtepi16_epi32(Load32Bytes(a)); }
+  static OFFLOAD_INLINE Int LoadWide(const uint8_t* a) { return _mm512_cvtepu8_epi32(Load16Bytes(a)); }
+  static OFFLOAD_INLINE Int LoadWide(const int8_t* a) { return _mm512_cvtepi8_epi32(Load16Bytes(a)); }
+  static OFFLOAD_INLINE Vec LoadFloat16(const uint16_t* a) { return _mm512_cvtph_ps(Load32Bytes(a)); }
+  static OFFLOAD_INLINE Int ToFloat16(Vec x) {
+    return _mm512_cvtepu16_epi32(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
   }
 
-  static OFFLOAD_INLINE void StoreCopy(float* a, Vec x, bool streaming) {
-    streaming ? _mm512_stream_ps(a, x) : _mm512_storeu_ps(a, x);
-  }
-  static OFFLOAD_INLINE void StoreCopy(uint16_t* a, __m512i x, bool streaming) {
+  static OFFLOAD_INLINE void StorePair(uint16_t* a, Int x, Int y, bool streaming) {
+    const __m256i first = _mm512_cvtepi32_epi16(x), second = _mm512_cvtepi32_epi16(y);
+    const __m512i halves = _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
     __m512i* destination = reinterpret_cast<__m512i*>(a);
-    streaming ? _mm512_stream_si512(destination, x) : _mm512_storeu_si512(destination, x);
+    streaming ? _mm512_stream_si512(destination, halves) : _mm512_storeu_si512(destination, halves);
   }
+  static OFFLOAD_INLINE void StorePair(uint8_t* a, Int x, Int y) {
+    const __m128i first = _mm512_cvtepi32_epi8(x), second = _mm512_cvtepi32_epi8(y);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(a), _mm256_set_m128i(second, first));
+  }
+  static OFFLOAD_INLINE void StorePair(float* a, Vec x, Vec y, bool streaming) {
+    streaming ? _mm512_stream_ps(a, x) : _mm512_storeu_ps(a, x);
+    streaming ? _mm512_stream_ps(a + kWidth, y) : _mm512_storeu_ps(a + kWidth, y);
+  }
+  static OFFLOAD_INLINE void FinishStreaming() { _mm_sfence(); }
+
+ private:
+  static OFFLOAD_INLINE __m256i Load32Bytes(const void* a) {
+    return _mm256_loadu_si256(static_cast<const __m256i*>(a));
+  }
+  static OFFLOAD_INLINE __m128i Load16Bytes(const void* a) { return _mm_loadu_si128(static_cast<const __m128i*>(a)); }
 };

@@ -1,22 +1,22 @@
-// The update rules on one lane, the only place where their arithmetic is written. Included inside a namespace and a
-// target region per instruction set, because a template from outside may not use the instructions of the region.
+// The update rules, the only place where their arithmetic is written. Included by kernel.inl, so once per instruction
+// set: code from outside its target region may not use its instructions.
 //
-// A Lane names a vector type Vec and one IEEE-754 operation per function, each rounding once: add, sub, mul, div,
-// sqrt, fma, sign, and max (the second operand when equal, NaN when either is). The order of operations is that of
-// torch's fused CPU kernels where torch has one; docs/numerics.md has it as formulas.
+// Lane names a vector type Vec and one IEEE-754 operation per function, each rounding once: add, sub, mul, div, sqrt,
+// fma, sign, and max (the second operand when equal, NaN when either is). The order of operations is that of torch's
+// fused CPU kernels where torch has one; docs/numerics.md has it as formulas.
 //
-// A rule keeps a first moment (of any sign), a second one (never negative), both or neither, and says which. Where it
-// has none, what it is handed is not touched. Multiplying by 1 is exact, so an absent scale or decay needs no branch;
-// an absent L2 term does (0 * inf is NaN, and -0 + 0 is +0).
+// A rule keeps a first moment (of any sign), a second one (never negative), the largest of the second ones, or none,
+// and says which. Where it has none, what it is handed is not touched. Multiplying by 1 is exact, so an absent scale or
+// decay needs no branch; an absent L2 term does (0 * inf is NaN, and -0 + 0 is +0).
 
-template <class Lane>
-class Adam {
+template <bool kAmsgrad>
+class AdamRule {
  public:
   using Scalars = AdamScalars;
-  using Vec = typename Lane::Vec;
-  static constexpr bool kHasFirst = true, kHasSecond = true;
+  using Vec = Lane::Vec;
+  static constexpr bool kHasFirst = true, kHasSecond = true, kHasMaxSecond = kAmsgrad;
 
-  explicit OFFLOAD_INLINE Adam(const Scalars& s)
+  explicit OFFLOAD_INLINE AdamRule(const Scalars& s)
       : grad_multiplier(Lane::Broadcast(s.grad_multiplier)),
         l2_decay(Lane::Broadcast(s.l2_decay)),
         param_decay(Lane::Broadcast(s.param_decay)),
@@ -29,15 +29,14 @@ class Adam {
         has_l2(s.l2_decay != 0.0f),
         lerp_from_grad(s.lerp_from_grad != 0) {}
 
-  // max_exp_avg_sq is null without amsgrad.
-  OFFLOAD_INLINE void Step(Vec& param, Vec& exp_avg, Vec& exp_avg_sq, Vec* max_exp_avg_sq, Vec grad) const {
+  OFFLOAD_INLINE void Step(Vec& param, Vec& exp_avg, Vec& exp_avg_sq, Vec& max_exp_avg_sq, Vec grad) const {
     grad = Lane::Mul(grad, grad_multiplier);
     if (has_l2) grad = Lane::Fma(param, l2_decay, grad);
     param = Lane::Mul(param, param_decay);
     exp_avg = Lane::Fma(lerp_weight, Lane::Sub(grad, exp_avg), lerp_from_grad ? grad : exp_avg);
     exp_avg_sq = Lane::Fma(Lane::Mul(one_minus_beta2, grad), grad, Lane::Mul(exp_avg_sq, beta2));
     Vec second_moment = exp_avg_sq;
-    if (max_exp_avg_sq != nullptr) second_moment = *max_exp_avg_sq = Lane::Max(*max_exp_avg_sq, exp_avg_sq);
+    if constexpr (kAmsgrad) second_moment = max_exp_avg_sq = Lane::Max(max_exp_avg_sq, exp_avg_sq);
     const Vec denominator = Lane::Add(Lane::Div(Lane::Sqrt(second_moment), sqrt_bias_correction2), eps);
     param = Lane::Add(param, Lane::Div(Lane::Mul(neg_step_size, exp_avg), denominator));
   }
@@ -48,12 +47,14 @@ class Adam {
   bool has_l2, lerp_from_grad;
 };
 
-template <class Lane>
+using Adam = AdamRule<false>;
+using AdamAmsgrad = AdamRule<true>;
+
 class Lion {
  public:
   using Scalars = LionScalars;
-  using Vec = typename Lane::Vec;
-  static constexpr bool kHasFirst = true, kHasSecond = false;
+  using Vec = Lane::Vec;
+  static constexpr bool kHasFirst = true, kHasSecond = false, kHasMaxSecond = false;
 
   explicit OFFLOAD_INLINE Lion(const Scalars& s)
       : grad_multiplier(Lane::Broadcast(s.grad_multiplier)),
@@ -62,7 +63,7 @@ class Lion {
         one_minus_beta2(Lane::Broadcast(s.one_minus_beta2)),
         neg_lr(Lane::Broadcast(s.neg_lr)) {}
 
-  OFFLOAD_INLINE void Step(Vec& param, Vec& exp_avg, Vec&, Vec*, Vec grad) const {
+  OFFLOAD_INLINE void Step(Vec& param, Vec& exp_avg, Vec&, Vec&, Vec grad) const {
     grad = Lane::Mul(grad, grad_multiplier);
     const Vec towards_grad = Lane::Sub(grad, exp_avg);
     const Vec direction = Lane::Sign(Lane::Fma(one_minus_beta1, towards_grad, exp_avg));
@@ -74,12 +75,11 @@ class Lion {
   Vec grad_multiplier, param_decay, one_minus_beta1, one_minus_beta2, neg_lr;
 };
 
-template <class Lane>
 class Adagrad {
  public:
   using Scalars = AdagradScalars;
-  using Vec = typename Lane::Vec;
-  static constexpr bool kHasFirst = false, kHasSecond = true;
+  using Vec = Lane::Vec;
+  static constexpr bool kHasFirst = false, kHasSecond = true, kHasMaxSecond = false;
 
   explicit OFFLOAD_INLINE Adagrad(const Scalars& s)
       : grad_multiplier(Lane::Broadcast(s.grad_multiplier)),
@@ -88,7 +88,7 @@ class Adagrad {
         neg_step_size(Lane::Broadcast(s.neg_step_size)),
         has_l2(s.l2_decay != 0.0f) {}
 
-  OFFLOAD_INLINE void Step(Vec& param, Vec&, Vec& sum, Vec*, Vec grad) const {
+  OFFLOAD_INLINE void Step(Vec& param, Vec&, Vec& sum, Vec&, Vec grad) const {
     grad = Lane::Mul(grad, grad_multiplier);
     if (has_l2) grad = Lane::Fma(param, l2_decay, grad);
     sum = Lane::Fma(grad, grad, sum);
@@ -101,12 +101,12 @@ class Adagrad {
 };
 
 // Without momentum there is no state but the master.
-template <class Lane, bool kMomentum>
+template <bool kMomentum>
 class SgdRule {
  public:
   using Scalars = SgdScalars;
-  using Vec = typename Lane::Vec;
-  static constexpr bool kHasFirst = kMomentum, kHasSecond = false;
+  using Vec = Lane::Vec;
+  static constexpr bool kHasFirst = kMomentum, kHasSecond = false, kHasMaxSecond = false;
 
   explicit OFFLOAD_INLINE SgdRule(const Scalars& s)
       : grad_multiplier(Lane::Broadcast(s.grad_multiplier)),
@@ -118,7 +118,7 @@ class SgdRule {
         is_first(s.is_first != 0),
         nesterov(s.nesterov != 0) {}
 
-  OFFLOAD_INLINE void Step(Vec& param, Vec& buffer, Vec&, Vec*, Vec grad) const {
+  OFFLOAD_INLINE void Step(Vec& param, Vec& buffer, Vec&, Vec&, Vec grad) const {
     grad = Lane::Mul(grad, grad_multiplier);
     if (has_l2) grad = Lane::Fma(param, l2_decay, grad);
     if constexpr (kMomentum) {
@@ -133,7 +133,5 @@ class SgdRule {
   bool has_l2, is_first, nesterov;
 };
 
-template <class Lane>
-using Sgd = SgdRule<Lane, false>;
-template <class Lane>
-using SgdMomentum = SgdRule<Lane, true>;
+using Sgd = SgdRule<false>;
+using SgdMomentum = SgdRule<true>;

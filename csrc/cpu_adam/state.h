@@ -15,18 +15,15 @@ enum class StateFormat : int { kFloat32 = 0, kSplit16 = 1, kBFloat16 = 2, kInt8 
 // Elements that share a scale in kInt8, and that are staged at a time.
 constexpr size_t kStateBlock = 128;
 
+inline size_t SizeOfMoment(StateFormat format) {
+  return format == StateFormat::kInt8 ? 1 : format == StateFormat::kBFloat16 ? 2 : 4;
+}
+
 // Random bits of an element: a function of the key, which the caller makes of seed and step, and of the element's
 // number, so that neither placement nor threads nor subgroups matter. The mixing is C. Wellons's "lowbias32".
 struct Rounding {
   uint32_t key0, key1;
   uint32_t first_index;  // the number of element 0
-
-  static inline __attribute__((always_inline)) uint32_t Mix(uint32_t x) {
-    x = (x ^ (x >> 16)) * 0x7feb352du;
-    x = (x ^ (x >> 15)) * 0x846ca68bu;
-    return x ^ (x >> 16);
-  }
-  inline __attribute__((always_inline)) uint32_t Bits(uint32_t i) const { return Mix(first_index + i + key0) ^ key1; }
 };
 
 struct Buffers {

@@ -15,7 +15,9 @@ void VectorClock::join(const VectorClock& other) {
 }
 
 double Cost::seconds(const Profile& profile) const {
-  if (engine == Engine::kCompute) return std::max(num_bytes / profile.memory_bytes_per_s, num_flops / profile.flops);
+  if (engine == Engine::kCompute)
+    return std::max(
+        {num_bytes / profile.memory_bytes_per_s, num_flops / profile.flops, num_updated / profile.update_params_per_s});
   if (engine == Engine::kPeer) return profile.latency_s + num_bytes / profile.peer_bytes_per_s;
   const double link = engine == Engine::kH2D ? profile.h2d_bytes_per_s : profile.d2h_bytes_per_s;
   return profile.latency_s + num_bytes / (is_pageable ? std::min(link, profile.pageable_bytes_per_s) : link);

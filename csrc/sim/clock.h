@@ -28,9 +28,10 @@ struct Profile {
   double peer_bytes_per_s = 24e9;  // to another device
   double memory_bytes_per_s = 2e12;
   double flops = 50e12;
-  double latency_s = 5e-6;             // of a copy
-  double launch_s = 4e-6;              // of the host, for each operation
-  double host_bytes_per_h2d_byte = 1;  // of host memory, taken by copies
+  double update_params_per_s = std::numeric_limits<double>::infinity();  // of optimizers' kernels
+  double latency_s = 5e-6;                                               // of a copy
+  double launch_s = 4e-6;                                                // of the host, for each operation
+  double host_bytes_per_h2d_byte = 1;                                    // of host memory, taken by copies
   double host_bytes_per_d2h_byte = 1;
 };
 
@@ -38,6 +39,7 @@ struct Cost {
   Engine engine = Engine::kCompute;
   double num_bytes = 0;
   double num_flops = 0;
+  double num_updated = 0;  // parameters, by an optimizer's kernel
   bool is_pageable = false;
 
   double seconds(const Profile& profile) const;  // while nothing else runs

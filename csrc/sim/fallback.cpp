@@ -83,6 +83,11 @@ double num_flops(const OperatorInfo& info, const Values& arguments, const Values
   return 0;
 }
 
+double num_updated(const OperatorInfo& info, const Values& arguments) {
+  if (info.schema->name() != "offload::update_") return 0;
+  return static_cast<double>(arguments[*info.schema->argumentIndexWithName("grad")].toTensor().numel());
+}
+
 // The values to return: written arguments as they are, all else new on the device.
 Values allocate_results(const OperatorInfo& info, const Values& arguments, const Values& inferred) {
   Values results;
@@ -104,6 +109,7 @@ Values run_later(const OperatorInfo& info, const Values& arguments, const Values
   operation.name = info.name_id;
   operation.cost.num_bytes = touched.num_bytes;
   operation.cost.num_flops = num_flops(info, arguments, results);
+  operation.cost.num_updated = num_updated(info, arguments);
   operation.accesses = std::move(touched.ranges);
   operation.run = DeferredKernel(info, arguments, results);
   Runtime::get().enqueue(current_stream(), std::move(operation));

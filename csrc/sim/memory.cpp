@@ -14,7 +14,6 @@ namespace {
 constexpr size_t kBlockBytes = 512;       // sizes are rounded up to it, as CUDA's allocator does
 constexpr size_t kAdviseBytes = 1 << 20;  // released blocks from this size on give their pages back
 constexpr size_t kInitialCapacity = 1 << 30;
-constexpr int kNanByte = 0xff;  // NaN in every floating point format, once repeated
 
 char* map_pages(size_t num_bytes, int protection) {
   void* pages = mmap(nullptr, num_bytes, protection, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -93,14 +92,16 @@ void* DeviceMemory::allocate(size_t num_bytes, int stream) {
   auto take = [&] {
     Runtime::Lock lock;
     reclaim_pending();
-    if (!take_cached(size, stream, offset) && !take_unused(size, offset)) return false;
+    const bool is_recycled = take_cached(size, stream, offset);
+    if (!is_recycled && !take_unused(size, offset)) return false;
     stats_.allocated_bytes[0].increase(size);
     stats_.active_bytes[0].increase(size);
     stats_.requested_bytes[0].increase(num_bytes);
     stats_.allocation[0].increase(1);
     live_[offset] = Block{offset, size, num_bytes, stream, {}};
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(guard_) + offset;
-    Runtime::get().mark_fresh(begin, begin + size);
+    Runtime& runtime = Runtime::get();
+    runtime.memory_allocated(runtime.stream(device_, stream), address(offset), address(offset + size),
+                             is_recycled ? backing_ + offset : nullptr);
     return true;
   };
   if (!take()) {
@@ -159,15 +160,17 @@ void DeviceMemory::free(void* pointer) {
   stats_.allocated_bytes[0].decrease(block.size);
   stats_.requested_bytes[0].decrease(block.requested);
   stats_.allocation[0].decrease(1);
-  if (block.other_streams.empty()) return recycle(block);
+  Runtime::get().memory_let_go(address(block.offset));
+  if (block.other_streams.empty()) return recycle(block, {});
   std::vector<EventPtr> uses;
   for (Stream* stream : block.other_streams) uses.push_back(Runtime::get().record(*stream));
   pending_.push_back({std::move(block), std::move(uses)});
 }
 
-// Its history stays known to the race detector: that is how a missing record_stream is found.
-void DeviceMemory::recycle(const Block& block) {
-  enqueue_free(block);
+void DeviceMemory::recycle(const Block& block, const std::vector<EventPtr>& ended) {
+  Runtime& runtime = Runtime::get();
+  runtime.memory_reusable(runtime.stream(device_, block.stream), address(block.offset),
+                          address(block.offset + block.size), ended);
   cached_[block.stream].emplace(block.size, block.offset);
   stats_.active_bytes[0].decrease(block.size);
 }
@@ -177,12 +180,7 @@ void DeviceMemory::reclaim_pending() {
     return std::all_of(pending.uses.begin(), pending.uses.end(), [](auto& event) { return event->is_done; });
   };
   auto first_over = std::stable_partition(pending_.begin(), pending_.end(), [&](auto& p) { return !is_over(p); });
-  for (auto it = first_over; it != pending_.end(); ++it) {
-    // The allocator has seen all uses end: whoever comes next is ordered after them, though no event says so.
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(guard_) + it->block.offset;
-    Runtime::get().forget_accesses(begin, begin + it->block.size);
-    recycle(it->block);
-  }
+  for (auto it = first_over; it != pending_.end(); ++it) recycle(it->block, it->uses);
   pending_.erase(first_over, pending_.end());
 }
 
@@ -191,24 +189,6 @@ void DeviceMemory::record_use(const void* pointer, Stream& stream) {
   auto found = live_.find(offset(pointer));
   if (found != live_.end() && (stream.device != device_ || stream.id != found->second.stream))
     found->second.other_streams.insert(&stream);
-}
-
-// In stream order, as the next owner's first kernel would write it.
-void DeviceMemory::enqueue_free(const Block& block) {
-  auto& runtime = Runtime::get();
-  if (!runtime.poisons() && !runtime.finds_races()) return;
-  static const NameId kFree = intern("free");
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(guard_) + block.offset;
-  Operation operation;
-  operation.name = kFree;
-  if (runtime.poisons())
-    operation.run = [bytes = backing_ + block.offset, size = block.size] { std::memset(bytes, kNanByte, size); };
-  else
-    operation.run = [] {};
-  operation.accesses = {{{begin, begin + block.size, nullptr}, true}};
-  operation.access_kind = Access::Kind::kFree;
-  operation.is_bookkeeping = true;
-  runtime.enqueue(runtime.stream(device_, block.stream), std::move(operation));
 }
 
 void DeviceMemory::release_cached() {

@@ -5,7 +5,8 @@
 // so the capacity may exceed what the machine has.
 //
 // Blocks are reused as CUDA's caching allocator does: at once by the stream they were allocated on, and only after
-// events on the other streams that record_stream named. The lock is the runtime's.
+// events on the other streams that record_stream named. Nothing touches a freed block until its next owner does: its
+// first operation finds the block full of NaN. The lock is the runtime's.
 #pragma once
 #include <c10/core/CachingDeviceAllocator.h>
 
@@ -61,8 +62,8 @@ class DeviceMemory {
   void give_back_unused(size_t offset, size_t size);
   void reclaim_pending();
   void release_cached_blocks();
-  void recycle(const Block& block);
-  void enqueue_free(const Block& block);
+  void recycle(const Block& block, const std::vector<EventPtr>& ended);
+  uintptr_t address(size_t offset) const { return reinterpret_cast<uintptr_t>(guard_) + offset; }
   [[noreturn]] void throw_out_of_memory(size_t num_bytes);
 
   const int device_;

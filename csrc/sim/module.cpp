@@ -27,6 +27,7 @@ void set_profile(int device, const std::map<std::string, double>& rates) {
                                                  {"pageable_bytes_per_s", &profile.pageable_bytes_per_s},
                                                  {"memory_bytes_per_s", &profile.memory_bytes_per_s},
                                                  {"flops", &profile.flops},
+                                                 {"device_update_params_per_s", &profile.update_params_per_s},
                                                  {"latency_s", &profile.latency_s},
                                                  {"peer_bytes_per_s", &profile.peer_bytes_per_s},
                                                  {"launch_s", &profile.launch_s},

@@ -48,12 +48,18 @@ void RaceDetector::check_one(const Access& access, const VectorClock& clock, con
     const Footprint shared{it->first, segment.end, bytes.strides};
     auto compare = [&](const Past& earlier, bool is_write) {
       if (clock.knows(earlier.access.component, earlier.access.tick) || !earlier.bytes.overlaps(bytes)) return;
-      report(access, range.is_write, earlier.access, is_write, shared);
+      add_report(describe(access, range.is_write) + ", unordered after " + describe(earlier.access, is_write), shared);
     };
     if (segment.write) compare(*segment.write, true);
     for (const Past& earlier : segment.strided_writes) compare(earlier, true);
     if (!range.is_write) continue;
     for (const Past& earlier : segment.reads) compare(earlier, false);
+    for (const Use& earlier : segment.former)
+      if (!clock.knows(earlier.access.component, earlier.access.tick))
+        add_report(describe(access, true) + " memory just allocated, unordered after " +
+                       describe(earlier.access, earlier.is_write) +
+                       ", and was freed: record_stream is missing, or a wait for that stream",
+                   shared);
   }
   range.is_write ? write(access, bytes) : read(access, bytes);
 }
@@ -82,7 +88,7 @@ void RaceDetector::for_each_segment(uintptr_t begin, uintptr_t end, F visit) {
   uintptr_t at = begin;
   for (auto it = segments_.lower_bound(at); at < end; ++it) {
     const uintptr_t next = it == segments_.end() ? end : std::min(it->first, end);
-    if (at < next) it = segments_.insert(it, {at, Segment{next, std::nullopt, {}, {}}});
+    if (at < next) it = segments_.insert(it, {at, Segment{next}});
     at = it->second.end;
     visit(it->second);
   }
@@ -92,7 +98,7 @@ void RaceDetector::write(const Access& access, const Footprint& bytes) {
   num_writes_++;
   if (!bytes.strides) {
     segments_.erase(segments_.lower_bound(bytes.begin), segments_.lower_bound(bytes.end));
-    segments_[bytes.begin] = Segment{bytes.end, Past{access, bytes}, {}, {}, false, num_writes_};
+    segments_[bytes.begin] = Segment{bytes.end, Past{access, bytes}, {}, {}, {}, false, num_writes_};
     return;
   }
   for_each_segment(bytes.begin, bytes.end, [&](Segment& segment) {
@@ -139,19 +145,6 @@ void RaceDetector::split(uintptr_t at) {
   segments_.insert(next, {at, std::move(tail)});
 }
 
-void RaceDetector::report(const Access& access, bool is_write, const Access& earlier, bool earlier_is_write,
-                          const Footprint& bytes) {
-  if (access.kind == Access::Kind::kFree) {
-    add_report("memory is freed" + place_of(access) + ", unordered after " + describe(earlier, earlier_is_write) +
-                   ": record_stream is missing, or a wait for that stream",
-               bytes);
-  } else if (earlier.kind == Access::Kind::kFree) {
-    add_report(describe(access, is_write) + ", unordered after the memory was freed" + place_of(earlier), bytes);
-  } else {
-    add_report(describe(access, is_write) + ", unordered after " + describe(earlier, earlier_is_write), bytes);
-  }
-}
-
 void RaceDetector::add_report(const std::string& text, const Footprint& bytes) {
   if (reports_.size() < kMaxReports && reported_.insert(text).second) reports_.push_back(text + ": " + describe(bytes));
 }
@@ -160,17 +153,52 @@ void RaceDetector::add_report(const std::string& text) {
   if (reports_.size() < kMaxReports && reported_.insert(text).second) reports_.push_back(text);
 }
 
-void RaceDetector::forget(uintptr_t begin, uintptr_t end) {
-  if (begin >= end) return;
-  split(begin);
-  split(end);
-  segments_.erase(segments_.lower_bound(begin), segments_.lower_bound(end));
+std::vector<RaceDetector::Use> RaceDetector::uses_of(const Segment& segment) {
+  std::vector<Use> uses = segment.former;
+  if (segment.write) uses.push_back({segment.write->access, true});
+  for (const Past& past : segment.strided_writes) uses.push_back({past.access, true});
+  for (const Past& past : segment.reads) uses.push_back({past.access, false});
+  return uses;
 }
 
-void RaceDetector::mark_fresh(uintptr_t begin, uintptr_t end) {
+void RaceDetector::free(uintptr_t begin, uintptr_t end, size_t stream, const VectorClock& clock) {
+  auto& unawaited = unawaited_[stream];
+  for (auto it = first_touching(begin); it != segments_.end() && it->first < end; ++it)
+    for (const Use& use : uses_of(it->second)) {
+      if (clock.knows(use.access.component, use.access.tick)) continue;
+      auto own = std::find_if(unawaited.begin(), unawaited.end(),
+                              [&](const Use& other) { return other.access.component == use.access.component; });
+      if (own == unawaited.end())
+        unawaited.push_back(use);
+      else if (own->access.tick < use.access.tick)
+        *own = use;  // who waits for it has waited for the earlier one
+    }
+}
+
+void RaceDetector::allocate(uintptr_t begin, uintptr_t end, size_t stream, const VectorClock& clock) {
+  auto& unawaited = unawaited_[stream];
+  auto is_awaited = [&](const Use& use) { return clock.knows(use.access.component, use.access.tick); };
+  unawaited.erase(std::remove_if(unawaited.begin(), unawaited.end(), is_awaited), unawaited.end());
   split(begin);
   split(end);
-  for_each_segment(begin, end, [](Segment& segment) { segment.is_fresh = true; });
+  for_each_segment(begin, end, [&](Segment& segment) {
+    Segment fresh{segment.end, std::nullopt, {}, {}, uses_of(segment), true, segment.num_writes};
+    fresh.former.insert(fresh.former.end(), unawaited.begin(), unawaited.end());
+    segment = std::move(fresh);
+  });
+}
+
+void RaceDetector::forget(uintptr_t begin, uintptr_t end, const VectorClock& clock) {
+  auto is_over = [&](const auto& past) { return clock.knows(past.access.component, past.access.tick); };
+  auto drop = [&](auto& pasts) { pasts.erase(std::remove_if(pasts.begin(), pasts.end(), is_over), pasts.end()); };
+  split(begin);
+  split(end);
+  for_each_segment(begin, end, [&](Segment& segment) {
+    if (segment.write && is_over(*segment.write)) segment.write = std::nullopt;
+    drop(segment.strided_writes);
+    drop(segment.reads);
+    drop(segment.former);
+  });
 }
 
 uint64_t RaceDetector::last_write(const Footprint& bytes) const {
@@ -188,6 +216,7 @@ void RaceDetector::clear_reports() {
 void RaceDetector::clear() {
   clear_reports();
   segments_.clear();
+  unawaited_.clear();
 }
 
 }  // namespace sim

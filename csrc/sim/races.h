@@ -24,10 +24,9 @@ struct ByteRange {
 
 struct Access {
   enum class Kind {
-    kUse,       // by an operator, or declared by the host
-    kCopy,      // within or between devices: it may carry bytes that nothing has written
-    kDownload,  // to the host: some of its bytes may be so, as padding is
-    kFree       // by the allocator: nobody may use the bytes from here on
+    kUse,      // by an operator, or declared by the host
+    kCopy,     // within or between devices: it may carry bytes that nothing has written
+    kDownload  // to the host: some of its bytes may be so, as padding is
   };
   size_t component;  // of the vector clock
   uint64_t tick;
@@ -42,10 +41,14 @@ class RaceDetector {
  public:
   // `clock` is what the accessing stream or thread knows of the others.
   void check(const Access& access, const VectorClock& clock, const std::vector<ByteRange>& ranges);
-  // All uses of the bytes are known to be over, so what comes next is ordered after them.
-  void forget(uintptr_t begin, uintptr_t end);
-  // Nothing has written the bytes for their new owner; what former owners did stays known.
-  void mark_fresh(uintptr_t begin, uintptr_t end);
+  // Freeing touches nothing; the next owner's first use does, and must come after the last owner's. As the allocator
+  // gives freed memory to its own stream at once, in pieces of any size, any later allocation of that stream may get
+  // it: uses that the stream does not wait for (`clock` is what it knows) are held against all of them.
+  void free(uintptr_t begin, uintptr_t end, size_t stream, const VectorClock& clock);
+  // Nothing has written the bytes for their new owner.
+  void allocate(uintptr_t begin, uintptr_t end, size_t stream, const VectorClock& clock);
+  // Uses of the bytes that `clock` knows are over, so what comes next is ordered after them.
+  void forget(uintptr_t begin, uintptr_t end, const VectorClock& clock);
   // How often the bytes were written, or 0: grows with every write to any of them.
   uint64_t last_write(const Footprint& bytes) const;
 
@@ -61,12 +64,17 @@ class RaceDetector {
     Access access;
     Footprint bytes;
   };
+  struct Use {
+    Access access;
+    bool is_write;
+  };
   // Bytes with one history: the last write of all of them, writes since of some of them, and reads since.
   struct Segment {
     uintptr_t end;
     std::optional<Past> write;
     std::vector<Past> strided_writes;
     std::vector<Past> reads;
+    std::vector<Use> former;  // of memory that has been freed since, and may be this
     bool is_fresh = false;
     uint64_t num_writes = 0;  // of all memory, when these bytes were last written
   };
@@ -75,15 +83,16 @@ class RaceDetector {
   void check_one(const Access& access, const VectorClock& clock, const ByteRange& range);
   void check_fresh(const Access& access, const ByteRange& range);
   void split(uintptr_t at);
+  static std::vector<Use> uses_of(const Segment& segment);
   Segments::const_iterator first_touching(uintptr_t begin) const;
   template <class F>
   void for_each_segment(uintptr_t begin, uintptr_t end, F visit);
   void write(const Access& access, const Footprint& bytes);
   void read(const Access& access, const Footprint& bytes);
-  void report(const Access& access, bool is_write, const Access& earlier, bool earlier_is_write, const Footprint&);
   void add_report(const std::string& text, const Footprint& bytes);  // told once, wherever the bytes are
 
-  Segments segments_;  // by first byte, disjoint
+  Segments segments_;                             // by first byte, disjoint
+  std::map<size_t, std::vector<Use>> unawaited_;  // by stream: uses of its freed memory; one of each component
   uint64_t num_writes_ = 0;
   std::vector<std::string> reports_;
   std::set<std::string> reported_;

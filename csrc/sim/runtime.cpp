@@ -70,6 +70,7 @@ void Runtime::configure(const Settings& settings) {
   races_on_ = settings.races;
   poison_ = settings.poison;
   detector_.clear();
+  recycled_.clear();
   schedule_.clear();
   num_operations_ = num_host_waits_ = 0;
   for (auto& stream : streams_) {
@@ -98,6 +99,7 @@ void Runtime::enqueue(Stream& stream, Operation operation) {
   const NameId site = races_on_ && !operation.is_bookkeeping ? call_site() : 0;  // before the lock: it takes the GIL
   Lock lock;
   charge(stream, operation, site);
+  if (poison_) poison_first(operation);
   submit(stream, Item{Item::Kind::kRun, operation.name, std::move(operation.run), nullptr, operation.cost,
                       std::move(operation.accesses)});
 }
@@ -285,17 +287,6 @@ HostMark Runtime::host_mark() {
 void Runtime::host_join(const HostMark& mark) {
   Lock lock;
   join_host(mark.clock, mark.moment);
-}
-
-void Runtime::forget_accesses(uintptr_t begin, uintptr_t end) {
-  Lock lock;
-  detector_.forget(begin, end);
-}
-
-void Runtime::mark_fresh(uintptr_t begin, uintptr_t end) {
-  if (!races_on_) return;
-  Lock lock;
-  detector_.mark_fresh(begin, end);
 }
 
 uint64_t Runtime::last_write(const Footprint& bytes) {

@@ -19,6 +19,7 @@ DEFAULT_RATES = {
     "peer_bytes_per_s": 24e9,
     "memory_bytes_per_s": 2e12,
     "flops": 50e12,
+    "device_update_params_per_s": math.inf,
     "latency_s": 5e-6,
     "launch_s": 4e-6,
     "host_bytes_per_h2d_byte": 1.0,
@@ -45,6 +46,7 @@ def set_profile(
     peer_bytes_per_s: float | None = None,
     memory_bytes_per_s: float | None = None,
     flops: float | None = None,
+    device_update_params_per_s: float | None = None,
     latency_s: float | None = None,
     launch_s: float | None = None,
     host_bytes_per_h2d_byte: float | None = None,
@@ -61,6 +63,8 @@ def set_profile(
         pageable_bytes_per_s: link rate from or to host memory that is not pinned.
         peer_bytes_per_s: from this device to another, each way on its own.
         memory_bytes_per_s, flops: of the device; an operation takes the longer of the two.
+        device_update_params_per_s: of this package's optimizers on the device, if their bytes take less; unlimited at
+            first.
         latency_s: of a copy. launch_s: of the host, for each operation enqueued.
         host_bytes_per_h2d_byte, host_bytes_per_d2h_byte: what a copied byte takes of host memory.
         host_dram_bytes_per_s: of host memory, which all copies and declared host work share; unlimited at first.
@@ -95,8 +99,9 @@ def emulate(profile: HardwareProfile, device: int | None = None) -> None:
     One device does, or all of them. What the host does, and its memory, are those of the profile played last.
 
     Rates, latencies and what shares what are the profile's. An operator of the device takes its latency on the host,
-    and on the device the time of its FLOPs or of its bytes, whichever is longer; a CPU update of the optimizer takes
-    what its parameters take on that machine. Copies of pageable memory go at a third of the link's rate, an assumption.
+    and on the device the time of its FLOPs or of its bytes, whichever is longer; an update of the optimizer takes what
+    its parameters take on that machine, on the CPU and on the device. Copies of pageable memory go at a third of the
+    link's rate, an assumption.
 
     Raises:
         RuntimeError: device memory is in use, which keeps the capacity from changing.
@@ -110,6 +115,7 @@ def emulate(profile: HardwareProfile, device: int | None = None) -> None:
         pageable_bytes_per_s=min(profile.h2d_bytes_per_s, profile.d2h_bytes_per_s) * _PAGEABLE_SHARE,
         memory_bytes_per_s=profile.device_memory_bytes_per_s,
         flops=profile.device_flops,
+        device_update_params_per_s=profile.device_update_params_per_s,
         latency_s=profile.copy_latency_s,
         launch_s=profile.launch_latency_s,
         host_bytes_per_h2d_byte=profile.host_bytes_per_h2d_byte,

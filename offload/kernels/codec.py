@@ -1,6 +1,6 @@
 """State formats in plain torch operations: every format to float32 rows and back, on any device.
 
-The definition that csrc/cpu_adam/staged.inl and the others are held against; also how checkpoints change format.
+The definition that csrc/cpu_adam/codec.inl and the others are held against; also how checkpoints change format.
 """
 
 from __future__ import annotations

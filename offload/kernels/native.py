@@ -6,7 +6,6 @@ import ctypes
 import functools
 import logging
 from collections.abc import Callable
-from dataclasses import astuple, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,6 @@ import torch
 from torch import Tensor
 
 from offload.kernels import affinity
-from offload.kernels.arithmetic import denormals_kept
-from offload.kernels.rules import RULES
 from offload.kernels.scalars import Scalars
 from offload.kernels.self_test import agree
 from offload.kernels.state import BLOCK_NUMEL, STATE_FORMATS, Rounding, State
@@ -24,7 +21,7 @@ from offload.kernels.state import BLOCK_NUMEL, STATE_FORMATS, Rounding, State
 logger = logging.getLogger(__name__)
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_cpu_adam.so"
-ABI_VERSION = 2  # offload_adam_abi_version() of csrc/cpu_adam/adam.cpp
+ABI_VERSION = 3  # offload_adam_abi_version() of csrc/cpu_adam/adam.cpp
 ISA_CODES = {"avx512": 2, "avx2": 1, "scalar": 0}  # best first
 RULE_CODES = {"adam": 0, "lion": 1, "adagrad": 2, "sgd": 3}
 STATE_CODES = {name: code for code, name in enumerate(STATE_FORMATS)}
@@ -35,23 +32,21 @@ FORMAT_CODES = {None: -1, torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 CHUNK_NUMEL = 1 << 16
 
 
-def _struct(scalars: type[Scalars]) -> type[ctypes.Structure]:
-    """The struct of csrc/cpu_adam/scalars.h with the fields of a scalars class, in order."""
-    layout = [(field.name, ctypes.c_int32 if field.type == "bool" else ctypes.c_float) for field in fields(scalars)]
-    return type(scalars.__name__, (ctypes.Structure,), {"_fields_": layout})
+_POINTERS = (*State.__slots__[1:], "grad", "param")
 
 
-_STRUCTS = {name: _struct(scalars) for name, scalars in RULES.items()}
+class _Work(ctypes.Structure):
+    """struct OffloadWork of csrc/cpu_adam/adam.cpp: what of an update is the same at every step."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("isa", "rule", "state_format", "grad_format", "param_format")),
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        *((name, ctypes.c_size_t) for name in ("numel", "chunk_numel")),
+    ]
 
 
-@functools.lru_cache(maxsize=256)
-def _pack(scalars: Scalars) -> ctypes.Structure:
-    with denormals_kept():  # a conversion from double, even of a value that fits, is arithmetic too
-        return _STRUCTS[scalars.rule](*astuple(scalars))
-
-
-def _address(tensor: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 # Called with the scalars, the rounding and the number of threads of one step.
@@ -63,15 +58,9 @@ class NativeKernel:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         pointer, c_int, c_size_t = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
-        c_uint32 = ctypes.c_uint32
         self._update = library.offload_update
-        self._update.argtypes = [
-            *(c_int, c_int, c_int),  # isa, rule, state format
-            *(pointer, pointer, pointer, pointer, pointer, pointer),  # the fields of State, in order
-            *(pointer, c_int, pointer, c_int),  # grad and its format, param and its format
-            *(c_size_t, pointer, c_uint32, c_uint32, c_uint32),  # numel, scalars, words of Rounding
-            *(c_int, c_size_t),  # num_threads, chunk_numel
-        ]
+        # Work, scalars, key and first index of Rounding, threads: few and of plain types, for calls over few elements.
+        self._update.argtypes = [pointer, ctypes.c_char_p, ctypes.c_uint64, ctypes.c_uint32, c_int]
         self._stream = library.offload_adam_stream
         self._stream.argtypes = [c_int, *[pointer] * 4, c_size_t, c_int, c_size_t]
         self._zero = library.offload_zero
@@ -103,21 +92,23 @@ class NativeKernel:
         It knows addresses only: the caller keeps the tensors alive.
         """
         call, kinds = self._update, (isa, rule, state.format, grad.dtype)
-        arguments = (
-            *map(ctypes.c_int, (ISA_CODES[isa], RULE_CODES[rule], STATE_CODES[state.format])),
-            *map(_address, state.tensors()),
-            _address(grad),
-            ctypes.c_int(FORMAT_CODES[grad.dtype]),
-            _address(param),
-            ctypes.c_int(FORMAT_CODES[None if param is None else param.dtype]),
-            ctypes.c_size_t(state.numel),
+        addresses = dict(zip(_POINTERS, map(_address, (*state.tensors(), grad, param)), strict=True))
+        work = _Work(
+            isa=ISA_CODES[isa],
+            rule=RULE_CODES[rule],
+            state_format=STATE_CODES[state.format],
+            grad_format=FORMAT_CODES[grad.dtype],
+            param_format=FORMAT_CODES[None if param is None else param.dtype],
+            numel=state.numel,
+            chunk_numel=_chunk_numel(state),
+            **addresses,
         )
-        chunk_numel = ctypes.c_size_t(_chunk_numel(state))
+        reference = ctypes.byref(work)  # keeps it alive
 
         def update(scalars: Scalars, rounding: Rounding, num_threads: int) -> None:
-            self._follow_affinity(num_threads)
-            packed = _pack(scalars)  # by name: the cache may drop it while the library reads it
-            status = call(*arguments, ctypes.byref(packed), *rounding.words, num_threads, chunk_numel)
+            if num_threads != 1:  # a thread that works alone isn't bound
+                self._follow_affinity()
+            status = call(reference, scalars.packed, rounding.key, rounding.first_index, num_threads)
             assert status == 0, f"the compiled kernel refused {kinds}"
 
         return update
@@ -129,20 +120,18 @@ class NativeKernel:
 
         The limit that a step is measured against (bench/cpu_adam.py). Changes all but ``grad`` a little.
         """
-        self._follow_affinity(num_threads)
+        self._follow_affinity()
         addresses = map(_address, (master, exp_avg, exp_avg_sq, grad))
         status = self._stream(ISA_CODES[isa], *addresses, master.numel(), num_threads, CHUNK_NUMEL)
         assert status == 0, f"the compiled kernel refused isa {isa}"
 
     def zero_(self, row: Tensor, num_threads: int) -> None:
         """Zeros a contiguous CPU tensor, each page by the thread whose share of an update it is in."""
-        self._follow_affinity(num_threads)
+        self._follow_affinity()
         self._zero(_address(row), row.nbytes, num_threads, CHUNK_NUMEL * row.itemsize)
 
-    def _follow_affinity(self, num_threads: int) -> None:
-        """Binds the threads as the user chose since; a thread that works alone isn't bound."""
-        if num_threads == 1:
-            return
+    def _follow_affinity(self) -> None:
+        """Binds the threads of the following calls as the user chose since."""
         cpus = affinity.cpu_affinity()
         if cpus != self._bound_cpus:
             status = self._bind_threads((ctypes.c_int * len(cpus or ()))(*(cpus or ())), len(cpus or ()))

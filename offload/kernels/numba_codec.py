@@ -1,4 +1,4 @@
-"""State formats in numba: the conversions of csrc/cpu_adam/staged.inl, and those of gradients and parameters.
+"""State formats in numba: the conversions of csrc/cpu_adam/codec.inl, and those of gradients and parameters.
 
 Only the entry point in numba_kernel.py is cached on disk, and numba's cache does not follow imports: after an edit
 here, touch that file too.

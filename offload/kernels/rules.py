@@ -9,7 +9,7 @@ from offload.kernels.arithmetic import denormals_kept
 from offload.kernels.scalars import AdamScalars, Scalars, check_finite, check_fractions, check_step, to_float32
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class LionScalars(Scalars):
     """Scalars of one step of Lion (Chen et al., arXiv 2302.06675), whose weight decay is decoupled."""
 
@@ -46,7 +46,7 @@ class LionScalars(Scalars):
             )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class AdagradScalars(Scalars):
     """Scalars of one step of Adagrad as torch.optim.Adagrad defines it: weight decay is L2."""
 
@@ -84,7 +84,7 @@ class AdagradScalars(Scalars):
             )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class SGDScalars(Scalars):
     """Scalars of one step of SGD as torch.optim.SGD defines it: weight decay is L2, momentum 0 keeps no state."""
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import math
-from dataclasses import astuple, dataclass, fields
-from typing import ClassVar
+import struct
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, ClassVar
 
 from offload.kernels.arithmetic import denormals_kept
 
@@ -15,29 +16,51 @@ def to_float32(value: float) -> float:
     return ctypes.c_float(value).value
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Scalars:
     """Base of the scalars of each rule: fields are floats that fp32 represents exactly, then flags.
 
+    Equal and hashed by their bits: 0.0 and -0.0 give other results, so they are not the same scalars.
+
     Attributes:
         rule: the name of the rule that they belong to.
+        packed: the struct of that rule in csrc/cpu_adam/scalars.h.
     """
 
     rule: ClassVar[str]
     grad_multiplier: float
+    packed: bytes = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        layout = "".join("i" if each.type == "bool" else "f" for each in _given(type(self)))
+        with denormals_kept():  # a conversion from double, even of a value that fits, is arithmetic too
+            object.__setattr__(self, "packed", struct.pack(layout, *self._values()))
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and isinstance(other, Scalars) and self.packed == other.packed
+
+    def __hash__(self) -> int:
+        return hash(self.packed)
+
+    def _values(self) -> list[float | bool]:
+        return [getattr(self, each.name) for each in _given(type(self))]
 
     def to_list(self) -> list[float]:
-        """Its fields in order, as the ``float[]`` argument of a torch operator."""
-        return [float(value) for value in astuple(self)]
+        """What they were made of, in order, as the ``float[]`` argument of a torch operator."""
+        return [float(value) for value in self._values()]
 
     @classmethod
     def from_list(cls, values: list[float]) -> Scalars:
         """The inverse of :meth:`to_list`."""
-        names = fields(cls)
-        return cls(*(bool(v) if f.type == "bool" else v for f, v in zip(names, values, strict=True)))
+        return cls(*(bool(v) if f.type == "bool" else v for f, v in zip(_given(cls), values, strict=True)))
 
 
-@dataclass(frozen=True, slots=True)
+def _given(scalars: type[Scalars]) -> list[Field[Any]]:
+    """The fields that are given to the constructor: all but ``packed``."""
+    return [each for each in fields(scalars) if each.init]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class AdamScalars(Scalars):
     """The scalars of one Adam step, as the kernels use them: every float is exactly representable in fp32.
 

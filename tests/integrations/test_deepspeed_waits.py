@@ -74,19 +74,6 @@ def test_states_in_flight_are_waited_for(
         assert_same_bits(found[1], found[0])
 
 
-@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_reduced_gradients_are_kept_until_they_are_read(
-    ds: ModuleType, stage: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from offload.integrations.deepspeed.stage12 import OffloadedStage12
-
-    monkeypatch.setattr(OffloadedStage12, "_keep_gradients_until_read", lambda self: None)
-    engine = engine_of(ours(config(stage)))
-    train(engine, 2)
-    assert any("flatten" in race for race in ds.races())
-    close(engine)
-
-
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_missing_wait_of_the_update_is_reported(ds: ModuleType, stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The parameters must not be read before they are up: the wait is the core's, the reader DeepSpeed's."""

@@ -110,8 +110,7 @@ def test_same_bits_for_any_scalars(buffers: Any, make_scalars: Any, data: st.Dat
         weight_decay=data.draw(st.floats(0, 10)),
         decoupled=data.draw(st.booleans()),
         maximize=data.draw(st.booleans()),
-        # Not exactly 0: then the sign of a moment that underflows is not the same everywhere yet.
-        grad_scale=data.draw(st.floats(width=32).filter(bool)),
+        grad_scale=data.draw(st.floats(width=32)),
     )
     expected = start.clone().step(*scalars, implementation="torch")
     for name in others():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -84,6 +86,26 @@ def test_scalars_are_hashable_and_travel_as_a_list() -> None:
     assert hash(scalars) == hash(AdamScalars.at_step(**SCALARS, grad_scale=0.1))
     assert AdamScalars.from_list(scalars.to_list()) == scalars
     assert all(ctypes.c_float(value).value == value for value in scalars.to_list())
+
+
+def test_scalars_that_differ_in_the_sign_of_zero_are_not_the_same() -> None:
+    """They give other results, so neither a cache nor a run of parameters may take one for the other."""
+    plus, minus = (AdamScalars.at_step(**SCALARS, grad_scale=scale) for scale in (0.0, -0.0))
+    assert plus != minus
+    assert plus == copy.deepcopy(plus)
+    assert len({plus, minus, copy.deepcopy(minus)}) == 2
+    assert AdamScalars.at_step(**SCALARS, grad_scale=float("nan")) == AdamScalars.at_step(
+        **SCALARS, grad_scale=float("nan")
+    )
+
+
+def test_both_zeros_scale_the_gradient_in_one_process() -> None:
+    for scale in (0.0, -0.0):
+        scalars = AdamScalars.at_step(**{**SCALARS, "betas": (0.0, 0.0)}, grad_scale=scale)
+        for name in available_implementations():
+            master, exp_avg, exp_avg_sq, grad = (torch.ones(1000) for _ in range(4))
+            adam_step(master, exp_avg, exp_avg_sq, grad, scalars=scalars, implementation=name)
+            assert torch.equal(exp_avg.signbit(), torch.full((1000,), math.copysign(1.0, scale) < 0)), name
 
 
 def test_compiled_library_is_there() -> None:

@@ -13,33 +13,32 @@ NUMEL = 1024
 
 @known_bug("diffusers group offload without record_stream", says="record_stream is missing")
 def record_stream_missing(sim: ModuleType, has_bug: bool) -> None:
-    """The layer is freed on the stream that allocated it while another still computes with it."""
-    copy = torch.Stream("sim")
-    layer = torch.ones(NUMEL, pin_memory=True)
-    with copy:
-        weight = torch.empty(NUMEL, device="sim")
-        weight.copy_(layer, non_blocking=True)
-    compute = torch.accelerator.current_stream()
-    compute.wait_stream(copy)
-    weight * 2
-    if not has_bug:
-        weight.record_stream(compute)
-    del weight
+    """A layer is freed while another stream still computes with it, and the next one is copied to where it was."""
+    copy, compute = torch.Stream("sim"), torch.accelerator.current_stream()
+    for layer in (torch.ones(NUMEL, pin_memory=True), torch.zeros(NUMEL, pin_memory=True)):
+        with copy:
+            weight = torch.empty(NUMEL, device="sim")
+            weight.copy_(layer, non_blocking=True)
+        compute.wait_stream(copy)
+        weight * 2
+        if not has_bug:
+            weight.record_stream(compute)
+        del weight
 
 
 @known_bug("the same mistake for temporaries", says="record_stream is missing")
 def temporary_of_another_stream_freed(sim: ModuleType, has_bug: bool) -> None:
-    """A cast made for a copy dies before the copy has run."""
+    """A cast made for a copy dies before the copy has run, and the next cast takes its place."""
     d2h, compute = torch.Stream("sim"), torch.accelerator.current_stream()
-    host = torch.empty(NUMEL, pin_memory=True)
-    grad = torch.ones(NUMEL, dtype=torch.bfloat16, device="sim")
-    upcast = grad.float()
-    d2h.wait_stream(compute)
-    with d2h:
-        host.copy_(upcast, non_blocking=True)
-    if not has_bug:
-        upcast.record_stream(d2h)
-    del upcast
+    for numel in (NUMEL, NUMEL // 2):
+        host = torch.empty(numel, pin_memory=True)
+        upcast = torch.ones(numel, dtype=torch.bfloat16, device="sim").float()
+        d2h.wait_stream(compute)
+        with d2h:
+            host.copy_(upcast, non_blocking=True)
+        if not has_bug:
+            upcast.record_stream(d2h)
+        del upcast
 
 
 @known_bug("FSDP's storage.resize_(0) of gathered parameters", says="use after free")
