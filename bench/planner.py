@@ -5,7 +5,7 @@
 - links (simulated): where only links and cores bind, the chosen plan against the lower bound;
 - speed: seconds to plan 70B parameters in 1,000 subgroups, and a trillion over 1,024 ranks;
 - emulated: prediction against wall-clock on the emulated device, at the rates of one other plan;
-- online: from a profile that is off by 2x in every rate, the time of the update after 20 steps against the best plan's.
+- online: from profiles that are off by 2x in every rate, the update after 20 steps over the best plan's
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from typing import Any
 import torch
 
 import offload
+from bench.online import online
 from bench.paper_artifact import simulate
 from bench.paper_tables import Run, read_tables
+from offload.beliefs import RATE_OF_LANE, Measurement
 from offload.bounds import Update, best_split
 from offload.candidates import STRIDES, decide
-from offload.controller import RATE_OF_LANE, Measurement
 from offload.estimate import SHAPES, transformer_cost
 from offload.hardware import HardwareProfile
 from offload.homes import Homes
@@ -34,7 +35,7 @@ from offload.jobs import TrainingJob, equal_subgroups, plan_job
 from offload.kernels import set_num_threads
 from offload.perf_model import Rates, predict
 from offload.plan import Placement, Plan, lower
-from offload.planner import Search, spread, stride_plan
+from offload.planner import spread, stride_plan
 from offload.scheduling import schedule
 from offload.subgroup import Subgroup
 from offload.testing import sim
@@ -42,7 +43,6 @@ from offload.timeline import elapsed_s
 from offload.timing import work_of
 
 MODEL = "20B"  # of the paper's tables: the largest, 31 subgroups a rank
-NUM_STEPS = 20
 REPEATS = 9
 HOST, DEVICE = Placement.HOST, Placement.DEVICE
 
@@ -201,56 +201,9 @@ def emulated() -> dict[str, Any]:
     return {**found, **summary, "rates": asdict(believed)}
 
 
-def online() -> dict[str, Any]:
-    """Start profiles that are off by 2x in every rate: links too fast and cores too slow, and the other way round."""
-    _emulate(2 * LINK_BYTES_PER_S)  # fast enough that some subgroups are to visit
-    optimizer = _optimizer(plan="auto")
-    right = _rates_of(_timed_step(optimizer, optimizer.plan))
-    del optimizer
-    found: dict[str, Any] = {}
-    for name, link, cores in (("links 2x, cores 1/2", 2.0, 0.5), ("links 1/2, cores 2x", 0.5, 2.0)):
-        wrong = Rates(
-            right.h2d_bytes_per_s * link,
-            right.d2h_bytes_per_s * link,
-            right.host_update_params_per_s * cores,
-            right.device_update_params_per_s * cores,
-        )
-        optimizer = _optimizer(plan="auto", profile=wrong)
-        first = optimizer.plan
-        for _ in range(NUM_STEPS):
-            optimizer.step()
-        optimizer.synchronize()
-        reached, homes, believed = optimizer.plan, optimizer.runtime.homes, optimizer.runtime.rates
-        assert believed is not None
-        plans = {"first": first, "reached": reached}
-        subgroups = equal_subgroups(NUM_SUBGROUPS * NUMEL, NUMEL, 2)
-        plans |= {f"{num} visit": Search(subgroups, believed).spread(homes, num) for num in range(0, 19, 2)}
-        times_s: dict[str, list[float]] = {name: [] for name in plans}
-        for _ in range(REPEATS):
-            for plan_name, plan in plans.items():
-                times_s[plan_name].append(_timed_step(optimizer, plan).update_s)
-        quiet_s = {plan_name: _quiet(values) for plan_name, values in times_s.items()}
-        best = min(quiet_s, key=lambda plan_name: quiet_s[plan_name])
-        found[name] = {
-            "first_num_device": _num_device(first), "reached_num_device": _num_device(reached), "best": best,
-            "first_over_best": quiet_s["first"] / quiet_s[best],
-            "reached_over_best": quiet_s["reached"] / quiet_s[best], "seconds": quiet_s,
-        }  # fmt: skip
-        del optimizer
-    return found
-
-
 def _quiet(values: Sequence[float]) -> float:
     """The quarter of the values that is least disturbed by what else this machine does: its upper end."""
     return sorted(values)[(len(values) - 1) // 4]
-
-
-def _rates_of(measurement: Measurement) -> Rates:
-    return Rates(**{RATE_OF_LANE[lane]: amount / seconds for lane, (amount, seconds) in measurement.work.items()})
-
-
-def _num_device(plan: Plan) -> int:
-    return sum(where is DEVICE for where in plan.placements.values())
 
 
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {

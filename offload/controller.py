@@ -7,24 +7,25 @@ but measurements: fed with those of a log, it decides again what it decided then
 from __future__ import annotations
 
 import json
-import statistics
-from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from offload.beliefs import Beliefs, Measurement
 from offload.candidates import sampled
 from offload.homes import Homes, first_plan
+from offload.layer_costs import BACKWARD_OPERATIONS, FORWARD_OPERATIONS, Layer
 from offload.perf_model import Predictor, Rates
+from offload.phases import Hiding, predict_step
 from offload.plan import Placement, Plan
 from offload.planner import Search, minimum, spread
+from offload.policy import Overlap
 from offload.scheduling import schedule
 from offload.subgroup import Subgroup
 
 WARM_UP_STEPS = 1  # first touch of memory and compilation of kernels are not what later steps cost
-WINDOW = 5  # measured steps whose median rate counts: two disturbed ones change nothing
 HYSTERESIS = 0.02  # gain, by prediction, below which the plan stays: less than rates vary from step to step
 MOVED_SHARE = 8  # one of so many visitors moves at a time,
 MIN_MOVED = 2  # and so many at least
@@ -33,31 +34,10 @@ SURPRISE = 0.1  # error of a prediction after which the next step is measured ag
 MAX_INTERVAL = 16  # steps between measurements at the most
 PROBE_AFTER = 8  # measurements without an update on one side, after which one subgroup goes there to be measured
 MAX_SAMPLE = 48  # subgroups that the search for the best share looks at
+NUM_LAYERS = 24  # that the model is taken to have where a whole step is predicted
+AUTO_OVERLAPS: tuple[Overlap, ...] = ("none", "next_forward")  # those that need no promise of the user's
 
 Action = Literal["kept", "reordered", "moved", "probed"]
-
-# What a rate is measured by: the lane whose spans count, and whether by bytes or by parameters.
-RATE_OF_LANE = {
-    "h2d": "h2d_bytes_per_s",
-    "d2h": "d2h_bytes_per_s",
-    "host": "host_update_params_per_s",
-    "compute": "device_update_params_per_s",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Measurement:
-    """One measured step.
-
-    Attributes:
-        step: its number, from 0.
-        work: by lane, bytes copied or parameters updated, and the seconds in which they were.
-        update_s: from the first operation's start to the last one's end.
-    """
-
-    step: int
-    work: Mapping[str, tuple[float, float]]
-    update_s: float
 
 
 def num_visits(plan: Plan) -> int:
@@ -84,6 +64,8 @@ class Decision:
         moved: subgroups whose placement changes with the next step.
         plan: of the next step.
         current_s, target_s: predicted at ``rates``: of the plan that ran, and of the best share there is.
+        step_s: predicted seconds of a whole step of ``plan`` by how its update hides; empty while forward and backward
+            were not measured.
     """
 
     measurement: Measurement
@@ -95,6 +77,14 @@ class Decision:
     plan: Plan
     current_s: float
     target_s: float
+    step_s: Mapping[Overlap, float]
+
+    @property
+    def overlap(self) -> Overlap | None:
+        """How the update hides best: under the next forward, unless a step is shorter without. None for not known."""
+        if not self.step_s:
+            return None
+        return "none" if self.step_s["none"] < (1 - HYSTERESIS) * self.step_s["next_forward"] else "next_forward"
 
     @property
     def error(self) -> float | None:
@@ -105,7 +95,9 @@ class Decision:
         """For JSON."""
         seen = self.measurement
         return {
-            "measurement": {"step": seen.step, "work": dict(seen.work), "update_s": seen.update_s},
+            "measurement": {
+                "step": seen.step, "work": dict(seen.work), "update_s": seen.update_s, "passes_s": seen.passes_s,
+            },
             "ran": str(self.ran),
             "predicted_s": self.predicted_s,
             "rates": asdict(self.rates),
@@ -114,56 +106,8 @@ class Decision:
             "plan": str(self.plan),
             "current_s": self.current_s,
             "target_s": self.target_s,
-        }
-
-
-class Beliefs:
-    """Rates as they were measured, each the median of its last few steps, or as they were told before.
-
-    [Note: what visits cost the CPU]
-    Copies and device updates take host memory (on some machines also cores) from the CPU's updates, so these are faster
-    in a plan with fewer visits than in the one that was measured. A CPU update of one parameter is taken to cost some
-    time, measured in a step without visits, and so much more for each visit. Without the first, a plan in which both
-    sides slow each other down would look like the best there is.
-    """
-
-    def __init__(self, start: Rates | None) -> None:
-        self._start = start
-        self._windows: dict[str, deque[float]] = {lane: deque(maxlen=WINDOW) for lane in RATE_OF_LANE}
-        self._alone_s: deque[float] = deque(maxlen=WINDOW)  # of a parameter's CPU update, without visits
-        self._beside: deque[tuple[int, float]] = deque(maxlen=WINDOW)  # number of visits, and the same beside them
-
-    def take_in(self, work: Mapping[str, tuple[float, float]], num_visits: int) -> None:
-        for lane, (amount, seconds) in work.items():
-            if amount > 0 and seconds > 0:
-                self._windows[lane].append(amount / seconds)
-                if lane == "host" and num_visits:
-                    self._beside.append((num_visits, seconds / amount))
-                elif lane == "host":
-                    self._alone_s.append(seconds / amount)
-
-    def forget(self) -> None:
-        for window in self._windows.values():
-            window.clear()
-        self._alone_s.clear()
-        self._beside.clear()
-
-    @property
-    def lack_alone(self) -> bool:
-        """Whether CPU updates were measured, but only beside visits."""
-        return bool(self._beside) and not self._alone_s
-
-    def at(self, num_visits: int) -> Rates | None:
-        """Rates of a step with so many visits; None while a rate is neither measured nor told."""
-        measured = {RATE_OF_LANE[lane]: statistics.median(window) for lane, window in self._windows.items() if window}
-        if self._alone_s and self._beside:
-            beside_s = statistics.median(seconds for _, seconds in self._beside)
-            alone_s = min(statistics.median(self._alone_s), beside_s)
-            per_visit_s = statistics.median(max(0.0, seconds - alone_s) / num for num, seconds in self._beside)
-            measured[RATE_OF_LANE["host"]] = 1 / (alone_s + per_visit_s * num_visits)
-        if len(measured) == len(RATE_OF_LANE):  # measured beside each other, so that sharing is part of them
-            return Rates(**measured)
-        return None if self._start is None else replace(self._start, **measured)
+            "step_s": dict(self.step_s),
+        }  # fmt: skip
 
 
 class Controller:
@@ -190,6 +134,7 @@ class Controller:
         self._next_step = first_step + WARM_UP_STEPS
         self._before_probe: Plan | None = None  # what to go on from, after a step without visits
         self._ran: Plan | None = None
+        self._step_s: dict[Overlap, float] = {}  # see Decision
         self.first_plan = self._first_plan()
 
     # ---- what the runtime asks
@@ -206,7 +151,7 @@ class Controller:
     def observe(self, measurement: Measurement, ran: Plan) -> Decision | None:
         """Take in the measurement of a step that ran ``ran``, and decide; None while too little is known."""
         predicted_s = None if self._beliefs.at(num_visits(ran)) is None else self._predict_s(ran)
-        self._beliefs.take_in(measurement.work, num_visits(ran))
+        self._beliefs.take_in(measurement, num_visits(ran))
         self._ran = ran
         placements = set(ran.placements.values())
         for where in self._unseen:
@@ -222,7 +167,11 @@ class Controller:
         interval = 1 << min(MAX_INTERVAL.bit_length() - 1, max(0, self._num_settled - SETTLED + 1))
         self._next_step = measurement.step + interval
         moved = tuple(i for i, where in ran.placements.items() if choice.plan.placements[i] is not where)
-        decision = Decision(measurement, ran, predicted_s, rates, moved=tuple(sorted(moved)), **choice._asdict())
+        if measurement.passes_s is not None or choice.plan != ran:
+            self._step_s = self._predict_steps(choice.plan)
+        decision = Decision(
+            measurement, ran, predicted_s, rates, moved=tuple(sorted(moved)), step_s=self._step_s, **choice._asdict()
+        )
         self.decisions.append(decision)
         return decision
 
@@ -299,6 +248,23 @@ class Controller:
     def _predict_s(self, plan: Plan) -> float:
         return Predictor(self._subgroups, self._rates_at(num_visits(plan))).predict(plan).update_s
 
+    def _predict_steps(self, plan: Plan) -> dict[Overlap, float]:
+        """Predicted seconds of a step with the update of ``plan`` after backward, and under the next forward.
+
+        Gradients in backward are no candidate: autograd does not tell of every change that comes after. The passes are
+        taken as equal layers, with twice the arithmetic in backward.
+        """
+        passes_s = self._beliefs.passes_s
+        if passes_s is None:
+            return {}
+        forward_s = passes_s * FORWARD_OPERATIONS / (FORWARD_OPERATIONS + BACKWARD_OPERATIONS) / NUM_LAYERS
+        layers = [Layer(forward_s, passes_s / NUM_LAYERS - forward_s)] * NUM_LAYERS
+        rates = self._rates_at(num_visits(plan))
+        return {
+            overlap: predict_step(plan, self._subgroups, rates, layers, Hiding(overlap)).step_s
+            for overlap in AUTO_OVERLAPS
+        }
+
     # ---- the log
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -331,7 +297,9 @@ def replay(path: str | PathLike[str]) -> Controller:
         )
         start = None if header["start"] is None else Rates(**header["start"])
         measurements = [
-            Measurement(m["step"], {lane: (a, s) for lane, (a, s) in m["work"].items()}, m["update_s"])
+            Measurement(
+                m["step"], {lane: (a, s) for lane, (a, s) in m["work"].items()}, m["update_s"], m.get("passes_s")
+            )
             for m in (record["measurement"] for record in records)
         ]
         expected, ran = [record["plan"] for record in records], [Plan.parse(record["ran"]) for record in records]

@@ -41,8 +41,19 @@ def explain(runtime: Runtime) -> str:
             f"{rates.device_update_params_per_s / 1e9:.3f} billion parameters/s; "
             f"predicted update {runtime.simulate(rates).update_s * 1e3:.2f} ms"
         )
+    if runtime.options.chooses_overlap:
+        lines.append(_overlap(runtime))
     lines += explain_decisions(runtime.decisions)
     return "\n".join(lines)
+
+
+def _overlap(runtime: Runtime) -> str:
+    """How the update hides, where ``overlap="auto"``, and why."""
+    step_s = runtime.decisions[-1].step_s if runtime.decisions else {}
+    if not step_s:
+        return f"overlap: {runtime.overlap}, until the times of forward and backward are known"
+    times = [f"{seconds * 1e3:.2f} ms with {overlap}" for overlap, seconds in step_s.items()]
+    return f"overlap: {runtime.overlap}; a step is predicted to take {', '.join(times)}"
 
 
 def explain_decisions(decisions: Sequence[Decision]) -> list[str]:

@@ -88,7 +88,8 @@ class OffloadedState(Insight):
         if device.type == "cpu" and options.policy == "auto":
             options = replace(options, policy="host", rates=None)
         if options.overlap == "auto":
-            options = replace(options, overlap="none" if device.type == "cpu" else "next_forward")
+            hides = device.type != "cpu"
+            options = replace(options, overlap="next_forward" if hides else "none", chooses_overlap=hides)
         total_numel = sum(p.numel() for p in params if p.requires_grad)
         self._subgroup_numel = resolve_subgroup_numel(options.subgroup_numel, total_numel)
         self._runtime = Runtime(device, options)

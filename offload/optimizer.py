@@ -42,7 +42,8 @@ class OffloadedOptimizer(OffloadedState):
         overlap: ``"next_forward"`` returns from :meth:`step` when the update has begun; whoever reads a parameter first
             waits for it (:mod:`offload.pending`). ``"none"`` returns when the next forward may be enqueued, and so does
             ``"backward"``, which brings gradients down while backward runs (:mod:`offload.early`).
-            ``"auto"`` is ``"next_forward"`` on an accelerator and ``"none"`` on the CPU, where nothing would be hidden.
+            ``"auto"`` is ``"none"`` on the CPU, where nothing would be hidden. On an accelerator it starts as
+            ``"next_forward"`` and, with ``plan="auto"``, follows what a whole step is predicted to take.
         on_nonfinite: what :meth:`step` does about NaN or infinity in a gradient: raise
             :class:`NonFiniteGradientError`, or skip the step and count it in ``num_skipped_steps``. State and
             parameters are untouched either way.
@@ -177,7 +178,9 @@ class OffloadedOptimizer(OffloadedState):
         check_update_in_backward(self.on_nonfinite, pending=self._in_backward is not None)
         self.runtime.finish()
         self._grad_scale.forget()
-        self._add_to_runtime(range(len(self.param_groups)))  # what was frozen when this was constructed
+        params = [param for group in self.param_groups for param in group["params"]]
+        if any(p.requires_grad and p.numel() and p not in self._masters for p in params):  # frozen at construction
+            self._add_to_runtime(range(len(self.param_groups)))
         named = {
             param: (group, param_name(group, index, i))
             for index, group in enumerate(self.param_groups)

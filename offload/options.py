@@ -19,3 +19,4 @@ class Options:
     num_slots: int | None
     rates: Rates | None = None  # believed until measured, with "auto"
     overlap: Overlap = "none"
+    chooses_overlap: bool = False  # starts with ``overlap``, and follows what whole steps are predicted to take

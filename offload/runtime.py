@@ -13,8 +13,9 @@ from torch.utils.hooks import RemovableHandle
 
 from offload.accelerators import accelerator_for
 from offload.adam import AdamSubgroup, SliceUpdate
+from offload.beliefs import Measurement
 from offload.conductor import Conductor, let_land
-from offload.controller import Controller, Decision, Measurement
+from offload.controller import Controller, Decision
 from offload.early import EarlyTransfers, watch_gradients
 from offload.executor import run_update
 from offload.final_gradients import in_order_of
@@ -75,9 +76,11 @@ class Runtime:
         self.controller: Controller | None = None  # chooses plans, with "auto"
         self.spans: list[Span] = []
         self.time_next_step = False
+        self.overlap = options.overlap  # in force
         self._plan = Plan(())
         self._chooses = options.policy == "auto"
         self._num_steps = 0
+        self._idle_since_s: float | None = None  # by the host's clock, after a step that was measured
         self._broken: BaseException | None = None
         with_gradients = options.overlap == "backward"
         self._early = EarlyTransfers(self.lanes, self.pool, self.actions, with_gradients=with_gradients)
@@ -204,12 +207,17 @@ class Runtime:
         """What was measured and decided so far, oldest first."""
         return [] if self.controller is None else self.controller.decisions
 
-    def _observe(self, ran: Plan) -> None:
+    def _observe(self, ran: Plan, passes_s: float | None) -> None:
         """Let the controller choose the next plan, from the spans of the step that ran."""
         assert self.controller is not None
         work = work_of(self.spans, self.subgroups)
-        decision = self.controller.observe(Measurement(self._num_steps - 1, work, elapsed_s(self.spans)), ran)
-        if decision is None or decision.plan == self._plan:
+        seen = Measurement(self._num_steps - 1, work, elapsed_s(self.spans), passes_s)
+        decision = self.controller.observe(seen, ran)
+        if decision is None:
+            return
+        if self.options.chooses_overlap:
+            self.overlap = decision.overlap or self.overlap
+        if decision.plan == self._plan:
             return
         self._check_plan(decision.plan, self.subgroups, self.homes)
         self._plan = decision.plan
@@ -246,11 +254,12 @@ class Runtime:
         try:
             timed = (observed or self.time_next_step) and self.accelerator is not None
             timer = StepTimer(self.lanes, self.device) if timed else None
+            passes_s = self._passes_s(timer)
             self.time_next_step = False
             for index, subgroup_updates in updates.items():
                 self.actions[index].begin_step(subgroup_updates)
             begun = self._early.take(plan)
-            if self.options.overlap == "next_forward" and timer is None:
+            if self.overlap == "next_forward" and timer is None:
                 tensors = {index: list(_tensors_of(group)) for index, group in updates.items()}
                 self._conductor.start(
                     plan,
@@ -270,6 +279,8 @@ class Runtime:
                 timer.stop()
                 self.lanes.synchronize()
                 self.spans = timer.spans()
+                assert self.accelerator is not None
+                self._idle_since_s = self.accelerator.host_time_s()
         except BaseException as error:
             self.mark_broken(error)
             for index in updates:
@@ -277,7 +288,12 @@ class Runtime:
             raise
         self._num_steps += 1
         if observed:
-            self._observe(plan)
+            self._observe(plan, passes_s)
+
+    def _passes_s(self, timer: StepTimer | None) -> float | None:
+        """What forward and backward took since the last step, if nothing of an update ran beside them: both timed."""
+        since_s, self._idle_since_s = self._idle_since_s, None
+        return None if timer is None or since_s is None else timer.origin_s - since_s
 
     # ---- a step that begins in backward
 
@@ -323,6 +339,7 @@ class Runtime:
     def close_step(self) -> None:
         """Every subgroup was begun. Parameters and gradients are pending from here on, as after :meth:`step`."""
         self._arrived_in_open_step = None
+        self._idle_since_s = None
         self._conductor.close()
         self._num_steps += 1
 

@@ -21,6 +21,9 @@ class StepTimer:
     """Records one step on accelerator lanes, from construction until :meth:`spans`.
 
     Costs two timed events an operation, and makes the host wait for the compute lane once, to line up the clocks.
+
+    Attributes:
+        origin_s: when what was on the compute lane before was done, by the host's clock.
     """
 
     def __init__(self, lanes: Lanes, device: torch.device) -> None:
@@ -30,7 +33,7 @@ class StepTimer:
         self._origin = torch.Event(device, enable_timing=True)
         self._origin.record(torch.accelerator.current_stream(device))
         self._origin.synchronize()
-        self._origin_s = accelerator_for(device).host_time_s()
+        self.origin_s = accelerator_for(device).host_time_s()
         for lane in self._lanes:
             lane.recorder = self._record
 
@@ -48,7 +51,7 @@ class StepTimer:
     def _seconds(self, stamp: _Stamp) -> float:
         if isinstance(stamp, torch.Event):
             return float(self._origin.elapsed_time(stamp)) / 1e3
-        return stamp - self._origin_s
+        return stamp - self.origin_s
 
 
 def work_of(spans: Sequence[Span], subgroups: Sequence[Subgroup]) -> dict[str, tuple[float, float]]:

@@ -121,7 +121,7 @@ class UpdateInBackward:
             RuntimeError: for gradients or hyper-parameters that changed after they were used.
         """
         self._stop_watching()
-        if self._runtime.options.overlap != "next_forward":
+        if self._runtime.overlap != "next_forward":
             self._runtime.finish()
         if not all_finite([begun.update.grad for begun in self._begun.values()]):
             error = NonFiniteGradientError(

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import nn
 
+from offload.beliefs import Measurement
 from offload.cli import main
-from offload.controller import Controller, Measurement
+from offload.controller import Controller
 from offload.hardware import HardwareProfile
 from offload.homes import Homes
 from offload.perf_model import Rates, predict

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from offload.controller import HYSTERESIS, MAX_INTERVAL, Controller, Measurement, replay
+from offload.beliefs import Measurement
+from offload.controller import HYSTERESIS, MAX_INTERVAL, Controller, Decision, replay
 from offload.homes import Homes
 from offload.perf_model import Rates, predict
 from offload.plan import Placement, Plan
 from offload.planner import best_plan
+from offload.policy import Overlap
 from offload.subgroup import Subgroup
 from offload.timeline import elapsed_s
 from offload.timing import work_of
@@ -232,3 +234,42 @@ def test_what_is_no_log_is_told(tmp_path: Path) -> None:
     (tmp_path / "log").write_text('{"name": "a profile"}')
     with pytest.raises(ValueError, match="no log of decisions"):
         replay(tmp_path / "log")
+
+
+# ---- how the update hides
+
+
+def decision_after(passes_s: float | None) -> Decision:
+    controller = Controller(SUBGROUPS, HOMES, TRUE)
+    seen = measured(1, controller.first_plan, TRUE)
+    decision = controller.observe(replace(seen, passes_s=passes_s), controller.first_plan)
+    assert decision is not None
+    return decision
+
+
+def test_the_update_hides_under_the_next_forward_where_a_step_is_shorter_so() -> None:
+    decision = decision_after(passes_s=3 * best_s())
+    assert decision.overlap == "next_forward"
+    assert decision.step_s["next_forward"] < 0.9 * decision.step_s["none"]
+
+
+def test_nothing_is_said_before_the_passes_were_measured() -> None:
+    assert decision_after(passes_s=None).overlap is None
+
+
+def test_an_update_that_only_delays_forward_runs_after_backward() -> None:
+    steps: dict[Overlap, float] = {"none": 1.0, "next_forward": 1.05}
+    decision = decision_after(passes_s=1.0)
+    assert replace(decision, step_s=steps).overlap == "none"
+    assert replace(decision, step_s={**steps, "next_forward": 1.01}).overlap == "next_forward", "within the hysteresis"
+
+
+def test_overlap_is_replayed(tmp_path: Path) -> None:
+    controller = Controller(SUBGROUPS, HOMES, TRUE)
+    plan = controller.first_plan
+    for step in range(1, 4):
+        decision = controller.observe(replace(measured(step, plan, TRUE), passes_s=0.01 * step), plan)
+        assert decision is not None
+        plan = decision.plan
+    controller.save(tmp_path / "log")
+    assert replay(tmp_path / "log").decisions == controller.decisions

@@ -37,7 +37,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
             {"subgroup", "module_waits", "monitor", "timeline"},
             {"testing", "pool", "policy", "executor", "adam"},
             {"conductor", "early", "final_gradients", "homes", "ordering", "layout", "masters", "perf_model"},
-            {"bounds", "layer_costs", "options"},
+            {"bounds", "beliefs", "layer_costs", "options"},
             {"phases"},
             {"scheduling", "estimate", "calibration", "timing", "optimizer_state", "updates"},
             {"planner", "tracing", "overlaps"},

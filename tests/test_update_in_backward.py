@@ -24,6 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 HYPER: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "subgroup_numel": 600}
 PLANS = ("host", "device", Stride(2), Static(0.5))
+FIXED = "D3@0 D2@1 P1@0 C3@0 U3@0 C2@1 U2@1 G1@0 F1@0 D0@0 C0@0 U0@0"
 NUM_STEPS = 4
 WIDTH = 24  # a layer of this width is a subgroup
 
@@ -129,7 +130,7 @@ def test_same_bits_as_after_backward(name: str, sim: ModuleType) -> None:
 
 def test_same_bits_wherever_the_update_runs(sim: ModuleType) -> None:
     expected, _ = train("layers", in_backward=False, num_micro_batches=2, overlap="none")
-    for plan, executor in zip(PLANS, ("lazy", "eager", "random", "lazy"), strict=True):
+    for plan, executor in zip((*PLANS, FIXED), ("lazy", "eager", "random", "lazy", "eager"), strict=True):
         sim.configure(executor)
         trained, begun = train("layers", in_backward=True, num_micro_batches=2, plan=plan)
         assert_same_bits(trained, expected)
