@@ -2,6 +2,7 @@
 #   make demo       fine-tune a real language model with offload.AdamW (an accelerator is used if there is one)
 #   make test       the default test suite            make test-slow   the longer sweeps
 #   make lint       ruff, mypy --strict, clang-format make format      let ruff and clang-format rewrite
+#   make docs       the site, in out/site             make dist        sdist and wheel, in dist
 #   make clean      remove what the targets above made, the downloaded model and text included
 
 PYTHON ?= python3
@@ -15,10 +16,10 @@ ENVIRONMENT := $(VENV)/.environment
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format clean
+.PHONY: help demo test test-slow lint format docs dist clean
 
 help:
-	@sed -n '2,5s/^#//p' Makefile
+	@sed -n '2,6s/^#//p' Makefile
 
 # Virtual environment and torch: rarely changes, and its own stamp, so that an edit of the sources never touches torch.
 $(ENVIRONMENT): scripts/make_environment.py
@@ -50,6 +51,18 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(if $(CSRC),$(BIN)/clang-format -i $(CSRC))
+
+docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# The library of the wheel must be there: without a compiler this fails.
+dist: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --editable ".[release]"
+	rm -rf dist
+	OFFLOAD_REQUIRE_CPP=1 $(BIN)/python -m build --outdir dist/plain
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m auditwheel repair --wheel-dir dist dist/plain/*.whl
+	mv dist/plain/*.tar.gz dist && rm -r dist/plain
 
 clean:
 	rm -rf $(VENV) .cache out build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

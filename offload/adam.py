@@ -11,6 +11,7 @@ from torch import Tensor
 from offload.accelerators import Accelerator
 from offload.kernels import PreparedUpdate, Rounding, Scalars, State, update
 from offload.kernels.codec import join_master
+from offload.lanes import Event
 from offload.state_layout import ADAM_FP32, StateKind, StateLayout
 from offload.subgroup import Slot, Staging
 
@@ -102,6 +103,7 @@ class AdamSubgroup:
         self._updates: tuple[SliceUpdate, ...] = ()
         self._sources: tuple[Source, ...] = ()
         self._runs: tuple[_Run, ...] = ()
+        self.copied: Event | None = None  # of a snapshot, see [Note: copied before it is overwritten]
 
     def begin_step(self, updates: Sequence[SliceUpdate]) -> None:
         """Set what this step updates: the parameters that have a gradient, in order."""
@@ -134,7 +136,14 @@ class AdamSubgroup:
             for item, _, from_device in self._sources:
                 item.within(param).copy_(from_device, non_blocking=True)
 
+    def await_copy(self) -> None:
+        """Wait until a snapshot has copied state and parameters, which are overwritten next."""
+        if self.copied is not None:
+            self.copied.synchronize()
+            self.copied = None
+
     def update_cpu(self, staging: Staging) -> None:
+        self.await_copy()
         grad, param = self._typed(staging.grad), self._typed(staging.param)
         if self._accelerator is not None:
             self._accelerator.declare_host_work("cpu update", reads=(grad,), writes=(*self.state, param))
@@ -158,6 +167,7 @@ class AdamSubgroup:
             slot_row.copy_(row, non_blocking=True)
 
     def update_gpu(self, slot: Slot) -> None:
+        self.await_copy()
         self._update_on_device(self._in_slot(slot))
 
     def flush(self, slot: Slot) -> None:
@@ -165,6 +175,7 @@ class AdamSubgroup:
             row.copy_(slot_row, non_blocking=True)
 
     def update_resident(self) -> None:
+        self.await_copy()
         self._update_on_device(self.state)
 
     def _update_on_device(self, slab: Tensor) -> None:

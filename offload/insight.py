@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from os import PathLike
 
 import torch
@@ -43,7 +44,7 @@ class Insight(torch.optim.Optimizer):
     @property
     def bill(self) -> MemoryBill:
         """Bytes taken beyond parameters and gradients."""
-        return self.runtime.bill
+        return replace(self.runtime.bill, snapshot_bytes=self.runtime.snapshot_bytes)
 
     def explain(self) -> str:
         """Which subgroup is updated where, what it costs in memory, and what the rates measured so far predict.

@@ -81,7 +81,7 @@ class ParamHome:
 
     def views(self) -> dict[str, Tensor]:
         """The entry of ``optimizer.state``: see :mod:`offload.state_entries`."""
-        return entry_views(self.state, self.item.param, self.torch_names)
+        return entry_views(self.state, tuple(self.item.param.shape), self.actions.dtype, self.torch_names)
 
     def load(self, saved: Mapping[str, Any]) -> None:
         """Take a saved entry, of whichever format. Nothing may be in flight."""

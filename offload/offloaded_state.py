@@ -6,12 +6,14 @@ import itertools
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from offload.adam import AdamSubgroup, flat
 from offload.arguments import check_overlap, check_rounding_seed, param_name, parse_options
 from offload.hardware import HardwareProfile
 from offload.insight import Insight
@@ -19,12 +21,13 @@ from offload.kernels.state import check_state_format
 from offload.layout import Packed, check_param, check_state_kind, pack, resolve_subgroup_numel
 from offload.live import publish_if_asked
 from offload.masters import MasterTable
-from offload.optimizer_state import check_state, copy_entries, fill_entry, load_state
+from offload.optimizer_state import check_state, copy_entries, fill_entry, load_state, shared_entries
 from offload.perf_model import Rates
 from offload.policy import Overlap, Policy
 from offload.record import StepWatch
 from offload.rules import Rule
 from offload.runtime import Runtime
+from offload.snapshot import Snapshot, Source
 from offload.state_layout import StateKind
 
 OnNonFinite = Literal["error", "skip"]
@@ -79,6 +82,7 @@ class OffloadedState(Insight):
     def _forget_runtime(self) -> None:
         self._runtime: Runtime | None = None
         self._step_watch: StepWatch | None = None
+        self._snapshot: Snapshot | None = None
         self._masters = MasterTable()
 
     def _build(self) -> None:
@@ -165,16 +169,15 @@ class OffloadedState(Insight):
     # ---- state
 
     def state_dict(self) -> dict[str, Any]:
-        """State in the schema of torch's optimizer, as tensors that share memory with this one.
+        """State in the schema of torch's optimizer, as tensors that share memory with this one: nothing is copied.
 
         Parameters that are not float32 have one entry more, ``master``: their float32 values. State in another format
-        than fp32 has names of its own, see :mod:`offload.state_entries`, and is copied. Its masters are whole only
-        together with the parameters, so save the model with it.
+        than fp32 has names of its own, see :mod:`offload.state_entries`. Its masters are whole only together with the
+        parameters, so save the model with it.
         """
         self.synchronize()
         state_dict = super().state_dict()
-        if self.state_format != "fp32":  # torch.save refuses views of one memory in several dtypes
-            state_dict["state"] = copy_entries(state_dict["state"])
+        state_dict["state"] = shared_entries(state_dict["state"])
         return state_dict
 
     @torch.no_grad()
@@ -204,6 +207,32 @@ class OffloadedState(Insight):
     def check_state_dict(self, state_dict: dict[str, Any]) -> dict[int, Tensor]:
         """Raise ValueError where :meth:`load_state_dict` would. Returns the parameters by the state's indices."""
         return check_state(self.param_groups, self._masters, state_dict, self.rule.name)
+
+    def begin_snapshot(self, path: str, copy_bytes: int | None) -> Snapshot:
+        """Start to copy state and parameters as they are now, for ``offload.save`` to write them to ``path``.
+
+        Raises:
+            BudgetError: if the host budget does not hold the copies.
+        """
+        self.finish_snapshot()
+        self.synchronize()
+        self._refresh_masters()
+        sources = {
+            index: Source(actions.state, [flat(item.param) for item in actions.slices], partial(self._changed, actions))
+            for index, actions in enumerate(self.runtime.actions)
+        }
+        self._snapshot = Snapshot(path, self.runtime.begin_copies(sources, copy_bytes))
+        return self._snapshot
+
+    def finish_snapshot(self) -> None:
+        """Return when no checkpoint is being written any more. Raises what failed in it, unless that was heard of."""
+        snapshot, self._snapshot = self._snapshot, None
+        if snapshot is not None and not snapshot.is_heard:
+            snapshot.result()
+
+    def _changed(self, actions: AdamSubgroup) -> str | None:
+        params = [item.param for item in actions.slices]
+        return next((self._name_of(param) for param in params if self._masters[param].changed), None)
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: options, groups and state; memory, streams and the worker are made anew."""

@@ -77,6 +77,8 @@ class OffloadedOptimizer(OffloadedState):
         :meth:`synchronize`, :meth:`state_dict` and the next step wait for that.
         """
         self.runtime.check_usable()
+        if self._snapshot is not None:
+            self._snapshot.raise_unheard()
         if self._in_backward is not None and self._end_update_in_backward(closure):
             return None
         loss = None

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
 from offload.kernels.state import num_blocks
 from offload.masters import MasterTable, ParamHome
@@ -112,6 +113,16 @@ def load_state(
     for group, saved_group in zip(groups, state_dict["param_groups"], strict=True):
         loaded = {key: value for key, value in saved_group.items() if key not in NOT_LOADED}
         group.update(copy.deepcopy(loaded))  # a tensor lr is edited in place
+
+
+def shared_entries(state: Mapping[_Key, Mapping[str, Tensor]]) -> dict[_Key, dict[str, Tensor]]:
+    """The same memory as storages of their own, one a tensor.
+
+    A slab is one storage, of which torch.save writes all for any tensor in it, and none if it is seen in two dtypes.
+    """
+    return {
+        key: {name: from_dlpack(to_dlpack(value)) for name, value in entries.items()} for key, entries in state.items()
+    }
 
 
 def copy_entries(state: Mapping[_Key, Mapping[str, Tensor]]) -> dict[_Key, dict[str, Tensor]]:

@@ -46,7 +46,7 @@ CHAINS = {
     Placement.RESIDENT: (OpKind.UPDATE_RESIDENT,),
 }
 PLACEMENT_OF = {kind: placement for placement, chain in CHAINS.items() for kind in chain}
-_WORD = re.compile(r"([DCUPGF])(\d+)@(\d+)|(R)(\d+)")
+_WORD = re.compile(r"([DCUPGF])(\d{1,9})@(\d{1,9})|(R)(\d{1,9})")
 
 
 class PlanError(ValueError):

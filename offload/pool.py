@@ -73,10 +73,11 @@ class MemoryBill:
     staging_bytes: int = 0  # pinned
     slot_bytes: int = 0  # on the device
     resident_bytes: int = 0  # on the device
+    snapshot_bytes: int = 0  # pageable, while a checkpoint is written beside training
 
     @property
     def host_bytes(self) -> int:
-        return self.host_state_bytes + self.staging_bytes
+        return self.host_state_bytes + self.staging_bytes + self.snapshot_bytes
 
     @property
     def pinned_bytes(self) -> int:
@@ -96,7 +97,8 @@ class MemoryBill:
             ),
             (
                 "host_budget", self.host_bytes, budgets.host_bytes,
-                f"state {format_bytes(self.host_state_bytes)}, staging {format_bytes(self.staging_bytes)}",
+                f"state {format_bytes(self.host_state_bytes)}, staging {format_bytes(self.staging_bytes)}, "
+                f"snapshot {format_bytes(self.snapshot_bytes)}",
                 "raise it, lower subgroup_numel, or keep a larger resident fraction on the device",
             ),
             (

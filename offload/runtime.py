@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -30,6 +31,7 @@ from offload.ordering import check_ordering, check_ordering_in_backward
 from offload.perf_model import Prediction, Rates, predict
 from offload.plan import OpKind, Placement, Plan
 from offload.pool import BudgetError, MemoryBill, Pool, format_bytes
+from offload.snapshot import DEFAULT_NUM_COPIES, Copier, Source
 from offload.state_layout import ADAM_FP32, StateKind, StateLayout
 from offload.subgroup import Subgroup
 from offload.timeline import Span, elapsed_s
@@ -82,6 +84,7 @@ class Runtime:
         self._num_steps = 0
         self._idle_since_s: float | None = None  # by the host's clock, after a step that was measured
         self._broken: BaseException | None = None
+        self._copier: Copier | None = None  # of a snapshot that may not have copied everything yet
         with_gradients = options.overlap == "backward"
         self._early = EarlyTransfers(self.lanes, self.pool, self.actions, with_gradients=with_gradients)
         self._arrived_in_open_step: Callable[[int, int], None] | None = None
@@ -251,6 +254,7 @@ class Runtime:
         # A step that leaves subgroups out says little about one that does not.
         observed = self._chooses and not idle and self.controller is not None and self.controller.wants(self._num_steps)
         plan = self._plan.without(idle)
+        self._begin_step_beside_copies(updates, waits=observed or self.time_next_step)
         try:
             timed = (observed or self.time_next_step) and self.accelerator is not None
             timer = StepTimer(self.lanes, self.device) if timed else None
@@ -295,6 +299,43 @@ class Runtime:
         since_s, self._idle_since_s = self._idle_since_s, None
         return None if timer is None or since_s is None else timer.origin_s - since_s
 
+    def begin_copies(self, sources: Mapping[int, Source], copy_bytes: int | None) -> Copier:
+        """Copy subgroups beside the next steps, see [Note: copied before it is overwritten]. Nothing is in flight.
+
+        Args:
+            copy_bytes: how much may be copied and not yet written; None: :data:`DEFAULT_NUM_COPIES` subgroups.
+
+        Raises:
+            BudgetError: if that holds no subgroup, or the host budget not that.
+        """
+        each_bytes = Copier.buffer_bytes(sources)
+        if copy_bytes is not None and copy_bytes < each_bytes:
+            raise BudgetError(
+                f"copy_budget is {format_bytes(copy_bytes)} and one copy of the largest subgroup takes "
+                f"{format_bytes(each_bytes)}; raise it, or construct the optimizer with a lower subgroup_numel"
+            )
+        num_buffers = DEFAULT_NUM_COPIES if copy_bytes is None else copy_bytes // max(each_bytes, 1)
+        num_buffers = min(num_buffers, len(sources))
+        replace(self.bill, snapshot_bytes=num_buffers * each_bytes).check(self.options.budgets)
+        order = dict.fromkeys(op.subgroup for op in self._plan.ops)  # what is updated first is copied first
+        self._copier = Copier({i: sources[i] for i in order}, num_buffers, self.accelerator)
+        for index, event in self._copier.events.items():
+            self.actions[index].copied = event
+        return self._copier
+
+    def _begin_step_beside_copies(self, updates: Mapping[int, Sequence[SliceUpdate]], *, waits: bool) -> None:
+        """A parameter that the step leaves out does not become pending, so nothing else would keep it for its copy."""
+        if self._copier is None:
+            return
+        if waits or any(len(updates.get(i, ())) < len(each.slices) for i, each in enumerate(self.actions)):
+            self._copier.wait()
+        self._copier.begin_step()
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """Host memory that a snapshot holds now."""
+        return 0 if self._copier is None else self._copier.held_bytes
+
     # ---- a step that begins in backward
 
     def open_step(
@@ -314,6 +355,7 @@ class Runtime:
         self.finish()
         if self.options.overlap == "none" or self._will_be_timed:
             return False
+        self._begin_step_beside_copies({}, waits=True)
         plan = in_order_of(self._plan, list(order))
         if plan != self._plan_in_backward:
             check_ordering_in_backward([plan, plan], self.subgroups)
@@ -381,6 +423,8 @@ class Runtime:
         """Wait until nothing is in flight: parameters and states may be read and written by anyone afterwards."""
         self.finish()
         self._early.forget()  # states may be written now
+        if self._copier is not None:
+            self._copier.wait()
         self.lanes.synchronize()
 
     def check_usable(self) -> None:

@@ -35,14 +35,16 @@ def entry_names(state_format: str, torch_names: Mapping[str, str]) -> dict[str, 
     return names
 
 
-def entry_views(state: State, param: Tensor, torch_names: Mapping[str, str]) -> dict[str, Tensor]:
-    """The entry of one parameter: views of its state, in the parameter's shape where they are as large.
+def entry_views(
+    state: State, shape: tuple[int, ...], dtype: torch.dtype, torch_names: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """The entry of a parameter of this shape and dtype: views of its state, in its shape where they are as large.
 
     A float32 parameter has no ``master`` entry: the parameter itself is that.
     """
     names = entry_names(state.format, torch_names)
-    views = {names[field]: t if field.endswith("_scale") else t.view_as(param) for field, t in state.items()}
-    if param.dtype == torch.float32:
+    views = {names[field]: t if field.endswith("_scale") else t.view(shape) for field, t in state.items()}
+    if dtype == torch.float32:
         del views["master"]
     return views
 

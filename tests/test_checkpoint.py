@@ -6,7 +6,8 @@ import errno
 import json
 import os
 import shutil
-import threading
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -629,33 +630,54 @@ def test_a_file_that_changes_while_it_is_loaded_breaks_the_optimizer(
         optimizer.step()
 
 
-# ---- several ranks, as threads
+# ---- memory
+
+PEAK = """
+import sys, re, torch, offload
+from pathlib import Path
+path, state_format = sys.argv[1:]
+
+def status(name):
+    return int(re.search(name + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+def peak_of(work):
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is there now
+    before = status("VmRSS")
+    work()
+    return status("VmHWM") - before
+
+torch.set_num_threads(1)
+model = torch.nn.ParameterList([torch.nn.Parameter(torch.ones(1 << 19, dtype=torch.bfloat16)) for _ in range(8)])
+optimizer = offload.AdamW(model.named_parameters(), plan="host", state_format=state_format, subgroup_numel=1 << 19)
+for param in model:
+    param.grad = torch.ones_like(param)
+optimizer.step()
+offload.save(path + "/warm", optimizer, model)
+offload.load(path + "/warm", optimizer, model)
+optimizer.step()  # which looks at the masters that were loaded
+held = {}
+peaks = [
+    peak_of(lambda: held.update(optimizer.state_dict())),
+    peak_of(lambda: torch.save(held, path + "/torch.pt")),
+    peak_of(lambda: offload.save(path + "/a", optimizer, model)),
+    peak_of(lambda: offload.save(path + "/a", optimizer, model, asynchronous=True).result()),
+    peak_of(lambda: offload.load(path + "/a", optimizer, model)),
+]
+print(optimizer.bill.host_state_bytes, *peaks)
+"""
 
 
-class Threads:
-    """Stands for the ranks' collective: every thread's ``all`` waits for the others'."""
-
-    def __init__(self, size: int) -> None:
-        self.barrier = threading.Barrier(size, timeout=60)
-        self.outcomes: list[Any] = [None] * size
-
-    def rank(self, number: int) -> Any:
-        threads = self
-
-        class Rank:
-            rank, size = number, len(threads.outcomes)
-
-            def all(self, work: Callable[[], Any]) -> list[Any]:
-                try:
-                    threads.outcomes[number] = (work(), None)
-                except Exception as error:  # noqa: BLE001 - as Ranks does
-                    threads.outcomes[number] = (None, error)
-                threads.barrier.wait()
-                outcomes = list(threads.outcomes)
-                threads.barrier.wait()
-                errors = [error for _, error in outcomes if error]
-                if errors:
-                    raise outcomes[number][1] or RuntimeError("another rank failed") from errors[0]
-                return [result for result, _ in outcomes]
-
-        return Rank()
+@pytest.mark.parametrize("state_format", ["split16", pytest.param("fp32", marks=pytest.mark.slow)])
+def test_saving_and_loading_need_no_second_copy(tmp_path: Path, state_format: str) -> None:
+    """As a fresh process sees its own peak, of state in eight subgroups: loading reads a subgroup's tensors again."""
+    command = [sys.executable, "-c", PEAK, str(tmp_path), state_format]
+    root = Path(__file__).resolve().parent.parent
+    output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root).stdout
+    state_bytes, *peaks = map(int, output.split())
+    assert state_bytes >= 40 << 20
+    of_one, slack = state_bytes // 8 + (1 << 20), 4 << 20
+    state_dict, torch_save, save, beside, load = peaks
+    assert max(state_dict, torch_save, save) < slack, peaks
+    assert beside < 2 * of_one + slack, peaks
+    assert load < state_bytes // 2, peaks
+    print(state_bytes, peaks)  # with -s

@@ -9,89 +9,101 @@
 #include "stream.inl"
 // clang-format on
 
-// One vector of elements. Moments that a rule doesn't keep are zero.
+// A pair of vectors of elements; in fp32 state, x has the first half of them and y the second. Moments that a rule
+// doesn't keep are zero.
 struct Elements {
-  Vec param, first, second, max_second;
+  Pair param, first, second, max_second;
 };
 
-template <StateFormat kState, class Code>
-OFFLOAD_INLINE Vec LoadMoment(const void* moment, const float* scales, size_t i) {
-  if constexpr (kState == StateFormat::kBFloat16) return WidenBFloat16(static_cast<const uint16_t*>(moment) + i);
-  if constexpr (kState == StateFormat::kInt8) {
-    return WidenCodes(static_cast<const Code*>(moment) + i, scales[i / kStateBlock]);
-  }
-  return Lane::Load(static_cast<const float*>(moment) + i);
+template <StateFormat kState>
+OFFLOAD_INLINE Pair LoadRow(const void* row, Format format, size_t i) {
+  if constexpr (kState != StateFormat::kFloat32) return LoadFloatPair(row, format, i);
+  return {LoadFloats(row, format, i), LoadFloats(row, format, i + Lane::kWidth)};
+}
+
+template <StateFormat kState>
+OFFLOAD_INLINE void StoreRow(void* row, size_t i, Pair values) {
+  if constexpr (kState != StateFormat::kFloat32) return StoreFloatPair(row, i, values);
+  Lane::Store(static_cast<float*>(row) + i, values.x);
+  Lane::Store(static_cast<float*>(row) + i + Lane::kWidth, values.y);
+}
+
+template <StateFormat kState, bool kIsSecond>
+OFFLOAD_INLINE Pair LoadMoment(const void* moment, const float* scales, size_t i) {
+  if constexpr (kState == StateFormat::kInt8) return WidenCodes<kIsSecond>(moment, scales, i);
+  return LoadRow<kState>(moment, kState == StateFormat::kBFloat16 ? Format::kBFloat16 : Format::kFloat32, i);
 }
 
 template <class Rule, StateFormat kState>
 OFFLOAD_INLINE Elements Read(const Buffers& b, size_t i) {
-  constexpr bool kHasSignedSecond = Rule::kHasSecond && kState != StateFormat::kInt8;
   const Vec zero = Lane::Broadcast(0.0f);
-  Elements e{zero, zero, zero, zero};
-  if constexpr (Rule::kHasFirst) e.first = LoadMoment<kState, int8_t>(b.first, b.first_scale, i);
-  if constexpr (Rule::kHasSecond) e.second = LoadMoment<kState, uint8_t>(b.second, b.second_scale, i);
+  Elements e{{zero, zero}, {zero, zero}, {zero, zero}, {zero, zero}};
+  if constexpr (Rule::kHasFirst) e.first = LoadMoment<kState, false>(b.first, b.first_scale, i);
+  if constexpr (Rule::kHasSecond) e.second = LoadMoment<kState, true>(b.second, b.second_scale, i);
+  if constexpr (Rule::kHasMaxSecond) e.max_second = LoadRow<kState>(b.max_second, Format::kFloat32, i);
   if constexpr (kState == StateFormat::kFloat32) {
-    e.param = Lane::Load(static_cast<const float*>(b.master) + i);
+    e.param = LoadRow<kState>(b.master, Format::kFloat32, i);
   } else {
-    Int master = JoinMaster(b.param, b.master, i);
-    if constexpr (kHasSignedSecond) {
-      master = Lane::AddInt(master, Lane::ShiftRight<31>(Lane::Bits(e.second)));
-      e.second = Lane::FromBits(Magnitude(e.second));
+    Int ties = Lane::BroadcastInt(0);
+    if constexpr (Rule::kHasSecond && kState != StateFormat::kInt8) {
+      ties = Lane::SpreadSignHalves(UpperHalves(Lane::Bits(e.second.x), Lane::Bits(e.second.y)));
+      e.second = {Lane::FromBits(Magnitude(e.second.x)), Lane::FromBits(Magnitude(e.second.y))};
     }
-    e.param = Lane::FromBits(master);
+    e.param = JoinMaster(Lane::LoadHalves(static_cast<const uint16_t*>(b.param) + i),
+                         Lane::LoadHalves(static_cast<const uint16_t*>(b.master) + i), ties);
   }
-  if constexpr (Rule::kHasMaxSecond) e.max_second = Lane::Load(b.max_second + i);
   return e;
 }
 
 template <class Rule, StateFormat kState>
 OFFLOAD_INLINE Elements ReadAndStep(const Buffers& b, size_t i, const Rule& rule) {
   Elements e = Read<Rule, kState>(b, i);
-  rule.Step(e.param, e.first, e.second, e.max_second, LoadFloats(b.grad, b.grad_format, i));
+  const Pair grad = LoadRow<kState>(b.grad, b.grad_format, i);
+  rule.Step(e.param.x, e.first.x, e.second.x, e.max_second.x, grad.x);
+  rule.Step(e.param.y, e.first.y, e.second.y, e.max_second.y, grad.y);
   return e;
 }
 
-OFFLOAD_INLINE void StoreVectors(void* target, size_t i, Vec x, Vec y) {
-  Lane::Store(static_cast<float*>(target) + i, x);
-  Lane::Store(static_cast<float*>(target) + i + Lane::kWidth, y);
+// Parameter and master. Returns the ties among them, in memory's order: they go to the second moment's sign.
+template <StateFormat kState>
+OFFLOAD_INLINE Int WriteParam(const Buffers& b, size_t i, const Elements& e, bool streaming) {
+  if constexpr (kState == StateFormat::kFloat32) {
+    StoreRow<kState>(b.master, i, e.param);
+    StoreFloats(b.param, b.param_format, i, e.param.x, e.param.y, streaming);
+    return Lane::BroadcastInt(0);
+  }
+  const Halves halves = SplitMaster(e.param);
+  Lane::StoreHalves(static_cast<uint16_t*>(b.param) + i, halves.param);
+  Lane::StoreHalves(static_cast<uint16_t*>(b.master) + i, halves.remainder);
+  return halves.ties;
 }
 
-// Parameter and master; in compact formats the ties among them go to the second moment's sign, if it has one.
+// The second moment with the sign set where there is a tie.
+OFFLOAD_INLINE Pair MarkTies(Pair second, Int ties) {
+  const Int sign = Lane::BroadcastInt(0x80000000u);
+  return {Lane::FromBits(Lane::Or(Lane::Bits(second.x), Lane::And(Lane::ShiftLeft<16>(ties), sign))),
+          Lane::FromBits(Lane::Or(Lane::Bits(second.y), Lane::And(ties, sign)))};
+}
+
 template <class Rule, StateFormat kState>
-OFFLOAD_INLINE void WriteParam(const Buffers& b, size_t i, Elements& x, Elements& y, bool streaming) {
-  if constexpr (kState == StateFormat::kFloat32) {
-    StoreVectors(b.master, i, x.param, y.param);
-    StoreFloats(b.param, b.param_format, i, x.param, y.param, streaming);
+OFFLOAD_INLINE void WriteMoments(const Buffers& b, size_t i, const Elements& e, Int ties) {
+  if constexpr (kState == StateFormat::kBFloat16) {
+    const RandomPair random = RandomBits(b.rounding, i);
+    if constexpr (Rule::kHasFirst) {
+      Lane::StoreHalves(static_cast<uint16_t*>(b.first) + i, RoundUpAtRandom<false>(e.first, random));
+    }
+    if constexpr (Rule::kHasSecond) {
+      const Int sign = Lane::And(ties, Lane::BroadcastInt(0x80008000u));
+      Lane::StoreHalves(static_cast<uint16_t*>(b.second) + i, Lane::Or(RoundUpAtRandom<true>(e.second, random), sign));
+    }
     return;
   }
-  const Halves of_x = SplitMaster(x.param), of_y = SplitMaster(y.param);
-  Lane::StorePair(static_cast<uint16_t*>(b.param) + i, of_x.param, of_y.param, false);
-  Lane::StorePair(static_cast<uint16_t*>(b.master) + i, of_x.remainder, of_y.remainder, false);
-  if constexpr (Rule::kHasSecond && kState != StateFormat::kInt8) {
-    const Int sign = Lane::BroadcastInt(0x80000000u);
-    x.second = Lane::FromBits(Lane::Or(Lane::Bits(x.second), Lane::Where(of_x.is_tie, sign)));
-    y.second = Lane::FromBits(Lane::Or(Lane::Bits(y.second), Lane::Where(of_y.is_tie, sign)));
+  if constexpr (Rule::kHasFirst) StoreRow<kState>(b.first, i, e.first);
+  if constexpr (Rule::kHasSecond && kState == StateFormat::kFloat32) StoreRow<kState>(b.second, i, e.second);
+  if constexpr (Rule::kHasSecond && kState == StateFormat::kSplit16) {
+    StoreRow<kState>(b.second, i, MarkTies(e.second, ties));
   }
-}
-
-template <bool kIsSecond>
-OFFLOAD_INLINE void RoundMoment(void* moment, size_t i, Vec x, Vec y, Int random_x, Int random_y) {
-  const Int rounded_x = RoundUpAt(CanonicalBits(x), Threshold<kIsSecond>(random_x));
-  const Int rounded_y = RoundUpAt(CanonicalBits(y), Threshold<kIsSecond>(random_y));
-  Lane::StorePair(static_cast<uint16_t*>(moment) + i, rounded_x, rounded_y, false);
-}
-
-template <class Rule, StateFormat kState>
-OFFLOAD_INLINE void WriteMoments(const Buffers& b, size_t i, const Elements& x, const Elements& y) {
-  if constexpr (Rule::kHasMaxSecond) StoreVectors(b.max_second, i, x.max_second, y.max_second);
-  if constexpr (kState == StateFormat::kBFloat16) {
-    const Int random_x = RandomBits(b.rounding, i), random_y = RandomBits(b.rounding, i + Lane::kWidth);
-    if constexpr (Rule::kHasFirst) RoundMoment<false>(b.first, i, x.first, y.first, random_x, random_y);
-    if constexpr (Rule::kHasSecond) RoundMoment<true>(b.second, i, x.second, y.second, random_x, random_y);
-  } else {
-    if constexpr (Rule::kHasFirst) StoreVectors(b.first, i, x.first, y.first);
-    if constexpr (Rule::kHasSecond) StoreVectors(b.second, i, x.second, y.second);
-  }
+  if constexpr (Rule::kHasMaxSecond) StoreRow<kState>(b.max_second, i, e.max_second);
 }
 
 // The moments of a block in fp32, until its scales are known.
@@ -103,52 +115,53 @@ struct Moments {
   // Written out: a constructor that the compiler makes is made outside the target region.
   OFFLOAD_INLINE Moments() : largest_first(Lane::BroadcastInt(0)), largest_second(Lane::BroadcastInt(0)) {}
 
-  OFFLOAD_INLINE void Put(size_t k, const Elements& x, const Elements& y) {
-    StoreVectors(first, k, x.first, y.first);
-    StoreVectors(second, k, x.second, y.second);
-    largest_first = Lane::MaxInt(largest_first, Lane::MaxInt(Magnitude(x.first), Magnitude(y.first)));
-    largest_second = Lane::MaxInt(largest_second, Lane::MaxInt(Magnitude(x.second), Magnitude(y.second)));
+  OFFLOAD_INLINE void Put(size_t k, const Elements& e) {
+    StoreRow<StateFormat::kFloat32>(first, k, e.first);
+    StoreRow<StateFormat::kFloat32>(second, k, e.second);
+    largest_first = Lane::MaxInt(largest_first, Lane::MaxInt(Magnitude(e.first.x), Magnitude(e.first.y)));
+    largest_second = Lane::MaxInt(largest_second, Lane::MaxInt(Magnitude(e.second.x), Magnitude(e.second.y)));
   }
 
   template <class Rule>
-  OFFLOAD_INLINE void Write(const Buffers& b, size_t i) const {
-    const size_t block = i / kStateBlock;
-    if constexpr (Rule::kHasFirst) {
-      b.first_scale[block] = NarrowBlock<false>(first, largest_first, b.rounding, i, b.first);
-    }
-    if constexpr (Rule::kHasSecond) {
-      b.second_scale[block] = NarrowBlock<true>(second, largest_second, b.rounding, i, b.second);
+  OFFLOAD_INLINE void Write(const Buffers& b, size_t begin) const {
+    const Scaling of_first = ChooseScaling<false>(largest_first), of_second = ChooseScaling<true>(largest_second);
+    if constexpr (Rule::kHasFirst) b.first_scale[begin / kStateBlock] = of_first.scale;
+    if constexpr (Rule::kHasSecond) b.second_scale[begin / kStateBlock] = of_second.scale;
+    for (size_t k = 0; k < kStateBlock; k += 2 * Lane::kWidth) {
+      const RandomPair random = RandomBits(b.rounding, begin + k);
+      const Pair first_pair = LoadRow<StateFormat::kFloat32>(first, Format::kFloat32, k);
+      const Pair second_pair = LoadRow<StateFormat::kFloat32>(second, Format::kFloat32, k);
+      if constexpr (Rule::kHasFirst) NarrowToCodes<false>(first_pair, of_first, random, b.first, begin + k);
+      if constexpr (Rule::kHasSecond) NarrowToCodes<true>(second_pair, of_second, random, b.second, begin + k);
     }
   }
 };
 
-// Two vectors of the block that begins at `begin`; in int8 the moments are only put by.
+// A pair of the block that begins at `begin`; in int8 the moments are only put by.
 template <class Rule, StateFormat kState>
-OFFLOAD_INLINE void Write(const Buffers& b, size_t i, Elements& x, Elements& y, bool streaming, size_t begin,
+OFFLOAD_INLINE void Write(const Buffers& b, size_t i, const Elements& e, bool streaming, size_t begin,
                           Moments& moments) {
-  WriteParam<Rule, kState>(b, i, x, y, streaming);
+  const Int ties = WriteParam<kState>(b, i, e, streaming);
   if constexpr (kState == StateFormat::kInt8) {
-    moments.Put(i - begin, x, y);
+    moments.Put(i - begin, e);
   } else {
-    WriteMoments<Rule, kState>(b, i, x, y);
+    WriteMoments<Rule, kState>(b, i, e, ties);
   }
 }
 
-// Two vectors are written while the next two are computed: roots and divisions take long, and what waits for them would
-// leave the processor no room to look further ahead for other work.
+// A pair is written while the next one is computed: roots and divisions take long, and what waits for them would leave
+// the processor no room to look further ahead for other work.
 template <class Rule, StateFormat kState>
 OFFLOAD_INLINE void UpdateBlock(const Buffers& b, size_t begin, const Rule& rule, bool streaming) {
   constexpr size_t kPair = 2 * Lane::kWidth;
   Moments moments;
-  Elements x = ReadAndStep<Rule, kState>(b, begin, rule), y = ReadAndStep<Rule, kState>(b, begin + Lane::kWidth, rule);
+  Elements e = ReadAndStep<Rule, kState>(b, begin, rule);
   for (size_t i = begin + kPair; i < begin + kStateBlock; i += kPair) {
-    const Elements next_x = ReadAndStep<Rule, kState>(b, i, rule);
-    const Elements next_y = ReadAndStep<Rule, kState>(b, i + Lane::kWidth, rule);
-    Write<Rule, kState>(b, i - kPair, x, y, streaming, begin, moments);
-    x = next_x;
-    y = next_y;
+    const Elements next = ReadAndStep<Rule, kState>(b, i, rule);
+    Write<Rule, kState>(b, i - kPair, e, streaming, begin, moments);
+    e = next;
   }
-  Write<Rule, kState>(b, begin + kStateBlock - kPair, x, y, streaming, begin, moments);
+  Write<Rule, kState>(b, begin + kStateBlock - kPair, e, streaming, begin, moments);
   if constexpr (kState == StateFormat::kInt8) moments.template Write<Rule>(b, begin);
 }
 
@@ -175,7 +188,9 @@ void UpdateRange(const Buffers& buffers, size_t begin, size_t end, const void* s
       last.WriteBack();
     }
   }
-  if (streaming) Lane::FinishStreaming();  // streaming stores are ordered with nothing else until here
+  if (streaming)
+    Lane::FinishStreaming();  // streaming stores are ordered with nothing else
+                              // until here
 }
 
 template <class Rule>

@@ -26,11 +26,8 @@ struct Lane {
   static OFFLOAD_INLINE Int Bits(Vec x) { return _mm256_castps_si256(x); }
   static OFFLOAD_INLINE Vec FromBits(Int x) { return _mm256_castsi256_ps(x); }
   static OFFLOAD_INLINE Int BroadcastInt(uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x)); }
-  static OFFLOAD_INLINE Int CountFrom(uint32_t first) {
-    return AddInt(BroadcastInt(first), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-  }
-  static OFFLOAD_INLINE Int LoadInt(const uint32_t* a) {
-    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a));
+  static OFFLOAD_INLINE Int CountEven(uint32_t first) {
+    return AddInt(BroadcastInt(first), _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14));
   }
   static OFFLOAD_INLINE void StoreInt(uint32_t* a, Int x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(a), x); }
   static OFFLOAD_INLINE Int AddInt(Int a, Int b) { return _mm256_add_epi32(a, b); }
@@ -47,7 +44,10 @@ struct Lane {
   static OFFLOAD_INLINE Int ShiftRight(Int x) {
     return _mm256_srli_epi32(x, kBits);
   }
-  static OFFLOAD_INLINE Int SpreadSign(Int x) { return _mm256_srai_epi32(x, 31); }
+  template <int kBits>
+  static OFFLOAD_INLINE Int ShiftRightSigned(Int x) {
+    return _mm256_srai_epi32(x, kBits);
+  }
   static OFFLOAD_INLINE Int MaxInt(Int a, Int b) { return _mm256_max_epi32(a, b); }
   static OFFLOAD_INLINE Int MinInt(Int a, Int b) { return _mm256_min_epi32(a, b); }
   static OFFLOAD_INLINE uint32_t Largest(Int x) {
@@ -56,34 +56,48 @@ struct Lane {
     return *std::max_element(lanes, lanes + kWidth);
   }
 
+  static OFFLOAD_INLINE Int LoadHalves(const uint16_t* a) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a));
+  }
+  static OFFLOAD_INLINE void StoreHalves(uint16_t* a, Int x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(a), x); }
+  static OFFLOAD_INLINE Int Blend(Int lower, Int upper) { return _mm256_blend_epi16(lower, upper, 0xAA); }
+  static OFFLOAD_INLINE Int AddHalves(Int a, Int b) { return _mm256_add_epi16(a, b); }
+  static OFFLOAD_INLINE Int SubHalves(Int a, Int b) { return _mm256_sub_epi16(a, b); }
+  static OFFLOAD_INLINE Int EqualHalves(Int a, Int b) { return _mm256_cmpeq_epi16(a, b); }
+  static OFFLOAD_INLINE Int SpreadSignHalves(Int x) { return _mm256_srai_epi16(x, 15); }
+  static OFFLOAD_INLINE Int AndNot(Int a, Int b) { return _mm256_andnot_si256(a, b); }
+
   static OFFLOAD_INLINE Mask IsNan(Vec x) { return Bits(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)); }
   static OFFLOAD_INLINE Mask Greater(Vec a, Vec b) { return Bits(_mm256_cmp_ps(a, b, _CMP_GT_OQ)); }
-  static OFFLOAD_INLINE Mask EqualInt(Int a, Int b) { return _mm256_cmpeq_epi32(a, b); }
   static OFFLOAD_INLINE Int Select(Mask mask, Int yes, Int no) { return _mm256_blendv_epi8(no, yes, mask); }
-  static OFFLOAD_INLINE Int Where(Mask mask, Int x) { return And(mask, x); }
   static OFFLOAD_INLINE Int AddWhere(Mask mask, Int x) { return SubInt(x, mask); }
-  static OFFLOAD_INLINE Int SubWhere(Mask mask, Int x) { return AddInt(x, mask); }
 
   static OFFLOAD_INLINE Int Truncate(Vec x) { return _mm256_cvttps_epi32(x); }
   static OFFLOAD_INLINE Vec ToFloat(Int x) { return _mm256_cvtepi32_ps(x); }
-  static OFFLOAD_INLINE Int LoadWide(const uint16_t* a) { return _mm256_cvtepu16_epi32(Load16Bytes(a)); }
-  static OFFLOAD_INLINE Int LoadWide(const int16_t* a) { return _mm256_cvtepi16_epi32(Load16Bytes(a)); }
-  static OFFLOAD_INLINE Int LoadWide(const uint8_t* a) { return _mm256_cvtepu8_epi32(Load8Bytes(a)); }
-  static OFFLOAD_INLINE Int LoadWide(const int8_t* a) { return _mm256_cvtepi8_epi32(Load8Bytes(a)); }
+  static OFFLOAD_INLINE Int LoadWide(const void* a) { return _mm256_cvtepu16_epi32(Load16Bytes(a)); }
+  static OFFLOAD_INLINE void StoreNarrow(void* a, Int x) {
+    const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    _mm_storeu_si128(static_cast<__m128i*>(a), halves);
+  }
   static OFFLOAD_INLINE Vec LoadFloat16(const uint16_t* a) { return _mm256_cvtph_ps(Load16Bytes(a)); }
   static OFFLOAD_INLINE Int ToFloat16(Vec x) {
     return _mm256_cvtepu16_epi32(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+  }
+
+  static OFFLOAD_INLINE void Deinterleave(Vec a, Vec b, Vec& even, Vec& odd) {
+    even = SwapMiddle(_mm256_shuffle_ps(a, b, 0x88));
+    odd = SwapMiddle(_mm256_shuffle_ps(a, b, 0xDD));
+  }
+  static OFFLOAD_INLINE void Interleave(Vec even, Vec odd, Vec& a, Vec& b) {
+    const Vec lower = _mm256_unpacklo_ps(even, odd), upper = _mm256_unpackhi_ps(even, odd);
+    a = _mm256_permute2f128_ps(lower, upper, 0x20);
+    b = _mm256_permute2f128_ps(lower, upper, 0x31);
   }
 
   static OFFLOAD_INLINE void StorePair(uint16_t* a, Int x, Int y, bool streaming) {
     const Int halves = Pack(x, y);
     __m256i* destination = reinterpret_cast<__m256i*>(a);
     streaming ? _mm256_stream_si256(destination, halves) : _mm256_storeu_si256(destination, halves);
-  }
-  static OFFLOAD_INLINE void StorePair(uint8_t* a, Int x, Int y) {
-    const Int halves = Pack(x, y);
-    const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(a), bytes);
   }
   static OFFLOAD_INLINE void StorePair(float* a, Vec x, Vec y, bool streaming) {
     streaming ? _mm256_stream_ps(a, x) : _mm256_storeu_ps(a, x);
@@ -93,7 +107,10 @@ struct Lane {
 
  private:
   static OFFLOAD_INLINE __m128i Load16Bytes(const void* a) { return _mm_loadu_si128(static_cast<const __m128i*>(a)); }
-  static OFFLOAD_INLINE __m128i Load8Bytes(const void* a) { return _mm_loadl_epi64(static_cast<const __m128i*>(a)); }
+  // Of four quarters.
+  static OFFLOAD_INLINE Vec SwapMiddle(Vec x) {
+    return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(x), 0xD8));
+  }
   // Sixteen 16-bit values in order: packus interleaves 128-bit halves.
   static OFFLOAD_INLINE Int Pack(Int x, Int y) { return _mm256_permute4x64_epi64(_mm256_packus_epi32(x, y), 0xD8); }
 };

@@ -26,10 +26,9 @@ struct Lane {
   static OFFLOAD_INLINE Int Bits(Vec x) { return _mm512_castps_si512(x); }
   static OFFLOAD_INLINE Vec FromBits(Int x) { return _mm512_castsi512_ps(x); }
   static OFFLOAD_INLINE Int BroadcastInt(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
-  static OFFLOAD_INLINE Int CountFrom(uint32_t first) {
-    return AddInt(BroadcastInt(first), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+  static OFFLOAD_INLINE Int CountEven(uint32_t first) {
+    return AddInt(BroadcastInt(first), _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30));
   }
-  static OFFLOAD_INLINE Int LoadInt(const uint32_t* a) { return _mm512_loadu_si512(a); }
   static OFFLOAD_INLINE void StoreInt(uint32_t* a, Int x) { _mm512_storeu_si512(a, x); }
   static OFFLOAD_INLINE Int AddInt(Int a, Int b) { return _mm512_add_epi32(a, b); }
   static OFFLOAD_INLINE Int SubInt(Int a, Int b) { return _mm512_sub_epi32(a, b); }
@@ -45,7 +44,10 @@ struct Lane {
   static OFFLOAD_INLINE Int ShiftRight(Int x) {
     return _mm512_srli_epi32(x, kBits);
   }
-  static OFFLOAD_INLINE Int SpreadSign(Int x) { return _mm512_srai_epi32(x, 31); }
+  template <int kBits>
+  static OFFLOAD_INLINE Int ShiftRightSigned(Int x) {
+    return _mm512_srai_epi32(x, kBits);
+  }
   static OFFLOAD_INLINE Int MaxInt(Int a, Int b) { return _mm512_max_epi32(a, b); }
   static OFFLOAD_INLINE Int MinInt(Int a, Int b) { return _mm512_min_epi32(a, b); }
   static OFFLOAD_INLINE uint32_t Largest(Int x) {
@@ -54,23 +56,40 @@ struct Lane {
     return *std::max_element(lanes, lanes + kWidth);
   }
 
+  static OFFLOAD_INLINE Int LoadHalves(const uint16_t* a) { return _mm512_loadu_si512(a); }
+  static OFFLOAD_INLINE void StoreHalves(uint16_t* a, Int x) { _mm512_storeu_si512(a, x); }
+  static OFFLOAD_INLINE Int Blend(Int lower, Int upper) { return _mm512_mask_mov_epi16(lower, 0xAAAAAAAA, upper); }
+  static OFFLOAD_INLINE Int AddHalves(Int a, Int b) { return _mm512_add_epi16(a, b); }
+  static OFFLOAD_INLINE Int SubHalves(Int a, Int b) { return _mm512_sub_epi16(a, b); }
+  static OFFLOAD_INLINE Int EqualHalves(Int a, Int b) { return _mm512_movm_epi16(_mm512_cmpeq_epi16_mask(a, b)); }
+  static OFFLOAD_INLINE Int SpreadSignHalves(Int x) { return _mm512_srai_epi16(x, 15); }
+  static OFFLOAD_INLINE Int AndNot(Int a, Int b) { return _mm512_andnot_si512(a, b); }
+
   static OFFLOAD_INLINE Mask IsNan(Vec x) { return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q); }
   static OFFLOAD_INLINE Mask Greater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
-  static OFFLOAD_INLINE Mask EqualInt(Int a, Int b) { return _mm512_cmpeq_epi32_mask(a, b); }
   static OFFLOAD_INLINE Int Select(Mask mask, Int yes, Int no) { return _mm512_mask_mov_epi32(no, mask, yes); }
-  static OFFLOAD_INLINE Int Where(Mask mask, Int x) { return _mm512_maskz_mov_epi32(mask, x); }
   static OFFLOAD_INLINE Int AddWhere(Mask mask, Int x) { return _mm512_mask_add_epi32(x, mask, x, BroadcastInt(1)); }
-  static OFFLOAD_INLINE Int SubWhere(Mask mask, Int x) { return _mm512_mask_sub_epi32(x, mask, x, BroadcastInt(1)); }
 
   static OFFLOAD_INLINE Int Truncate(Vec x) { return _mm512_cvttps_epi32(x); }
   static OFFLOAD_INLINE Vec ToFloat(Int x) { return _mm512_cvtepi32_ps(x); }
-  static OFFLOAD_INLINE Int LoadWide(const uint16_t* a) { return _mm512_cvtepu16_epi32(Load32Bytes(a)); }
-  static OFFLOAD_INLINE Int LoadWide(const int16_t* a) { return _mm512_cvtepi16_epi32(Load32Bytes(a)); }
-  static OFFLOAD_INLINE Int LoadWide(const uint8_t* a) { return _mm512_cvtepu8_epi32(Load16Bytes(a)); }
-  static OFFLOAD_INLINE Int LoadWide(const int8_t* a) { return _mm512_cvtepi8_epi32(Load16Bytes(a)); }
+  static OFFLOAD_INLINE Int LoadWide(const void* a) { return _mm512_cvtepu16_epi32(Load32Bytes(a)); }
+  static OFFLOAD_INLINE void StoreNarrow(void* a, Int x) {
+    _mm256_storeu_si256(static_cast<__m256i*>(a), _mm512_cvtepi32_epi16(x));
+  }
   static OFFLOAD_INLINE Vec LoadFloat16(const uint16_t* a) { return _mm512_cvtph_ps(Load32Bytes(a)); }
   static OFFLOAD_INLINE Int ToFloat16(Vec x) {
     return _mm512_cvtepu16_epi32(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+  }
+
+  static OFFLOAD_INLINE void Deinterleave(Vec a, Vec b, Vec& even, Vec& odd) {
+    const Int at = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    even = _mm512_permutex2var_ps(a, at, b);
+    odd = _mm512_permutex2var_ps(a, AddInt(at, BroadcastInt(1)), b);
+  }
+  static OFFLOAD_INLINE void Interleave(Vec even, Vec odd, Vec& a, Vec& b) {
+    const Int at = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    a = _mm512_permutex2var_ps(even, at, odd);
+    b = _mm512_permutex2var_ps(even, AddInt(at, BroadcastInt(8)), odd);
   }
 
   static OFFLOAD_INLINE void StorePair(uint16_t* a, Int x, Int y, bool streaming) {
@@ -78,10 +97,6 @@ struct Lane {
     const __m512i halves = _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
     __m512i* destination = reinterpret_cast<__m512i*>(a);
     streaming ? _mm512_stream_si512(destination, halves) : _mm512_storeu_si512(destination, halves);
-  }
-  static OFFLOAD_INLINE void StorePair(uint8_t* a, Int x, Int y) {
-    const __m128i first = _mm512_cvtepi32_epi8(x), second = _mm512_cvtepi32_epi8(y);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(a), _mm256_set_m128i(second, first));
   }
   static OFFLOAD_INLINE void StorePair(float* a, Vec x, Vec y, bool streaming) {
     streaming ? _mm512_stream_ps(a, x) : _mm512_storeu_ps(a, x);
@@ -93,5 +108,4 @@ struct Lane {
   static OFFLOAD_INLINE __m256i Load32Bytes(const void* a) {
     return _mm256_loadu_si256(static_cast<const __m256i*>(a));
   }
-  static OFFLOAD_INLINE __m128i Load16Bytes(const void* a) { return _mm_loadu_si128(static_cast<const __m128i*>(a)); }
 };

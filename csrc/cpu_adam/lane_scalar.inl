@@ -23,9 +23,7 @@ struct Lane {
   static OFFLOAD_INLINE Int Bits(Vec x) { return FloatToBits(x); }
   static OFFLOAD_INLINE Vec FromBits(Int x) { return BitsToFloat(x); }
   static OFFLOAD_INLINE Int BroadcastInt(uint32_t x) { return x; }
-  static OFFLOAD_INLINE Int CountFrom(uint32_t first) { return first; }  // first, first + 1, ...
-  static OFFLOAD_INLINE Int LoadInt(const uint32_t* a) { return *a; }
-  static OFFLOAD_INLINE void StoreInt(uint32_t* a, Int x) { *a = x; }
+  static OFFLOAD_INLINE Int CountEven(uint32_t first) { return first; }  // first, first + 2, ...
   static OFFLOAD_INLINE Int AddInt(Int a, Int b) { return a + b; }
   static OFFLOAD_INLINE Int SubInt(Int a, Int b) { return a - b; }
   static OFFLOAD_INLINE Int MulInt(Int a, Int b) { return a * b; }
@@ -40,40 +38,69 @@ struct Lane {
   static OFFLOAD_INLINE Int ShiftRight(Int x) {
     return x >> kBits;
   }
-  static OFFLOAD_INLINE Int SpreadSign(Int x) { return static_cast<Int>(static_cast<int32_t>(x) >> 31); }
+  template <int kBits>
+  static OFFLOAD_INLINE Int ShiftRightSigned(Int x) {
+    return static_cast<Int>(static_cast<int32_t>(x) >> kBits);
+  }
   // Of values below 2^31.
   static OFFLOAD_INLINE Int MaxInt(Int a, Int b) { return a > b ? a : b; }
   static OFFLOAD_INLINE Int MinInt(Int a, Int b) { return a < b ? a : b; }
   static OFFLOAD_INLINE uint32_t Largest(Int x) { return x; }  // of the lanes
 
+  // ---- two 16-bit values in each lane, modulo 2^16: 2 * kWidth neighbours in memory
+  static OFFLOAD_INLINE Int LoadHalves(const uint16_t* a) { return a[0] | uint32_t{a[1]} << 16; }
+  static OFFLOAD_INLINE void StoreHalves(uint16_t* a, Int x) {
+    a[0] = static_cast<uint16_t>(x);
+    a[1] = static_cast<uint16_t>(x >> 16);
+  }
+  // The lower half of each lane of one, the upper half of the other.
+  static OFFLOAD_INLINE Int Blend(Int lower, Int upper) { return (lower & 0xffffu) | (upper & 0xffff0000u); }
+  static OFFLOAD_INLINE Int AddHalves(Int a, Int b) { return Blend(a + b, (a & 0xffff0000u) + (b & 0xffff0000u)); }
+  static OFFLOAD_INLINE Int SubHalves(Int a, Int b) { return Blend(a - b, (a & 0xffff0000u) - (b & 0xffff0000u)); }
+  static OFFLOAD_INLINE Int EqualHalves(Int a, Int b) {  // all ones or zeros
+    return Blend(((a ^ b) & 0xffffu) == 0 ? 0xffffu : 0, ((a ^ b) & 0xffff0000u) == 0 ? 0xffff0000u : 0);
+  }
+  static OFFLOAD_INLINE Int SpreadSignHalves(Int x) {
+    return Blend((x & 0x8000u) != 0 ? 0xffffu : 0, ShiftRightSigned<31>(x));
+  }
+  static OFFLOAD_INLINE Int AndNot(Int a, Int b) { return ~a & b; }
+
   // ---- masks
   static OFFLOAD_INLINE Mask IsNan(Vec x) { return x != x; }
   static OFFLOAD_INLINE Mask Greater(Vec a, Vec b) { return a > b; }
-  static OFFLOAD_INLINE Mask EqualInt(Int a, Int b) { return a == b; }
   static OFFLOAD_INLINE Int Select(Mask mask, Int yes, Int no) { return mask ? yes : no; }
-  static OFFLOAD_INLINE Int Where(Mask mask, Int x) { return mask ? x : 0; }
   static OFFLOAD_INLINE Int AddWhere(Mask mask, Int x) { return x + (mask ? 1 : 0); }
-  static OFFLOAD_INLINE Int SubWhere(Mask mask, Int x) { return x - (mask ? 1 : 0); }
 
   // ---- conversions
   static OFFLOAD_INLINE Int Truncate(Vec x) { return static_cast<Int>(static_cast<int32_t>(x)); }
   static OFFLOAD_INLINE Vec ToFloat(Int x) { return static_cast<float>(static_cast<int32_t>(x)); }
-  static OFFLOAD_INLINE Int LoadWide(const uint16_t* a) { return *a; }
-  static OFFLOAD_INLINE Int LoadWide(const int16_t* a) { return static_cast<Int>(int32_t{*a}); }
-  static OFFLOAD_INLINE Int LoadWide(const uint8_t* a) { return *a; }
-  static OFFLOAD_INLINE Int LoadWide(const int8_t* a) { return static_cast<Int>(int32_t{*a}); }
+  static OFFLOAD_INLINE Int LoadWide(const void* a) {  // 16 bits a lane
+    uint16_t wide;
+    std::memcpy(&wide, a, sizeof(wide));
+    return wide;
+  }
+  static OFFLOAD_INLINE void StoreNarrow(void* a, Int x) {  // the lower 16 bits; those above are zero
+    const uint16_t narrow = static_cast<uint16_t>(x);
+    std::memcpy(a, &narrow, sizeof(narrow));
+  }
   static OFFLOAD_INLINE Vec LoadFloat16(const uint16_t* a) { return Float16ToFloat(*a); }
   static OFFLOAD_INLINE Int ToFloat16(Vec x) { return FloatToFloat16(x); }
+
+  // ---- of two vectors, the elements at even and odd places, and back
+  static OFFLOAD_INLINE void Deinterleave(Vec a, Vec b, Vec& even, Vec& odd) {
+    even = a;
+    odd = b;
+  }
+  static OFFLOAD_INLINE void Interleave(Vec even, Vec odd, Vec& a, Vec& b) {
+    a = even;
+    b = odd;
+  }
 
   // ---- stores of two vectors, one after the other in memory: narrow values then fill whole registers. Integers have
   // no bits above those stored. Streaming stores, where there are any, need the alignment of their register.
   static OFFLOAD_INLINE void StorePair(uint16_t* a, Int x, Int y, bool) {
     a[0] = static_cast<uint16_t>(x);
     a[1] = static_cast<uint16_t>(y);
-  }
-  static OFFLOAD_INLINE void StorePair(uint8_t* a, Int x, Int y) {
-    a[0] = static_cast<uint8_t>(x);
-    a[1] = static_cast<uint8_t>(y);
   }
   static OFFLOAD_INLINE void StorePair(float* a, Vec x, Vec y, bool) {
     a[0] = x;

@@ -103,6 +103,7 @@ def load(
     """
     ranks = Ranks(group)
     if isinstance(optimizer, OffloadedOptimizer):
+        optimizer.finish_snapshot()
         optimizer.synchronize()
     match: _Match | None = None
 

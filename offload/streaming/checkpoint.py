@@ -1,8 +1,7 @@
 """Weights in safetensors files, memory-mapped: read when a layer is, and never held twice.
 
-The format (https://huggingface.co/docs/safetensors): eight bytes with the length of a JSON header, the header with each
-tensor's dtype, shape and place, then the tensors' bytes. Read here because a mapping of our own stays mapped for as
-long as the model streams, whatever a library's loader copies.
+Mapped here because a mapping of our own stays mapped for as long as the model streams, whatever a library's loader
+copies.
 """
 
 from __future__ import annotations
@@ -18,15 +17,9 @@ import torch
 from torch import Tensor
 
 from offload.streaming.blocks import Block
+from offload.tensor_file import Place, read_header
 
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "BOOL": torch.bool,
-}  # fmt: skip
 _INDEX = "model.safetensors.index.json"
-_LENGTH_BYTES = 8
 
 _mapped: set[int] = set()  # addresses of the files that are mapped now
 
@@ -41,39 +34,22 @@ def map_file(path: str | PathLike[str]) -> dict[str, Tensor]:
     """
     path = Path(path)
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-        begin = _LENGTH_BYTES + length
         size = path.stat().st_size
-        if not 0 < length <= size - _LENGTH_BYTES:
-            raise ValueError(f"{path} is no safetensors file: a header of {length} bytes in a file of {size}")
-        try:
-            header = json.loads(file.read(length))
-        except ValueError as error:
-            raise ValueError(f"{path} is no safetensors file: its header is no JSON") from error
+        places, header = read_header(path, file, size)
+        begin = len(header)
         if size == begin:
-            return {}
+            return {name: torch.empty(place.shape, dtype=place.dtype) for name, place in places.items()}
         mapped = torch.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8)
     address = mapped.untyped_storage().data_ptr()
     _mapped.add(address)
     weakref.finalize(mapped.untyped_storage(), _mapped.discard, address)
-    return {
-        name: _tensor(path, mapped[begin:], name, entry) for name, entry in header.items() if name != "__metadata__"
-    }
+    return {name: _tensor(mapped[begin + place.begin : begin + place.end], place) for name, place in places.items()}
 
 
-def _tensor(path: Path, data: Tensor, name: str, entry: dict[str, object]) -> Tensor:
-    dtype, shape, offsets = _DTYPES.get(str(entry["dtype"])), entry["shape"], entry["data_offsets"]
-    if dtype is None:
-        raise ValueError(f"{path}: tensor {name!r} has dtype {entry['dtype']}; known are {', '.join(_DTYPES)}")
-    assert isinstance(shape, list)
-    assert isinstance(offsets, list)
-    first, end = offsets
-    if not 0 <= first <= end <= data.numel() or end - first != torch.Size(shape).numel() * dtype.itemsize:
-        raise ValueError(f"{path}: tensor {name!r} has bytes {first} to {end}, which do not hold {shape} of {dtype}")
-    part = data[first:end]
-    if part.data_ptr() % dtype.itemsize:  # a writer that did not pad its header
+def _tensor(part: Tensor, place: Place) -> Tensor:
+    if part.data_ptr() % place.dtype.itemsize:  # a writer that did not pad its header
         part = part.clone()
-    return part.view(dtype).view(shape)
+    return part.view(place.dtype).view(place.shape)
 
 
 def map_checkpoint(path: str | PathLike[str]) -> dict[str, Tensor]:
@@ -86,7 +62,7 @@ def map_checkpoint(path: str | PathLike[str]) -> dict[str, Tensor]:
     if path.is_file():
         return map_file(path)
     if (path / _INDEX).is_file():
-        shards = sorted(set(json.loads((path / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        shards = _shards_of(path / _INDEX)
     else:
         shards = sorted(file.name for file in path.glob("*.safetensors"))
     if not shards:
@@ -95,6 +71,21 @@ def map_checkpoint(path: str | PathLike[str]) -> dict[str, Tensor]:
     for shard in shards:
         tensors.update(map_file(path / shard))
     return tensors
+
+
+def _shards_of(index: Path) -> list[str]:
+    """Names of the files that an index lists. Each is beside the index, or it is refused."""
+    try:
+        content = json.loads(index.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{index} is no JSON: {error}") from None
+    files = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(files, dict) or not files:
+        raise ValueError(f"{index} has no weight_map: it is no index of safetensors files")
+    for file in files.values():
+        if not isinstance(file, str) or file in ("", ".", "..") or Path(file).name != file or "\0" in file:
+            raise ValueError(f"{index} names {file!r}, which is no name of a file beside it")
+    return sorted(set(files.values()))
 
 
 def spill(blocks: Iterable[Block], folder: str | PathLike[str]) -> None:
