@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -44,6 +45,7 @@ class _Flight:
     Attributes:
         subgroups: those that are not settled yet, by index.
         tensors: what is pending on each of them. Gradients are freed when they are dropped from here.
+        num_awaited: how many of the subgroups each tensor, by its id, still waits for.
         announced: set by the conductor once a subgroup's ``params_ready`` is there, to a mark of the host's order.
         settled: called for each subgroup when its tensors are what they were.
         home: the stream that was current when the update began.
@@ -55,6 +57,7 @@ class _Flight:
 
     subgroups: dict[int, Subgroup]
     tensors: dict[int, list[Tensor]]
+    num_awaited: Counter[int]
     settled: Callable[[int], None]
     home: torch.Stream | None
     announced: dict[int, Future[object]] = field(default_factory=dict)
@@ -107,15 +110,15 @@ class Conductor:
         """Begin an update after what the compute lane was given so far, and return.
 
         Args:
-            tensors: by subgroup, what nobody may read or write before the subgroup is settled. They count as changed
-                from now on, for a backward pass that would read what autograd saved of them before.
+            tensors: by subgroup, what nobody may read or write before the subgroup is settled; a tensor may wait for
+                several. They count as changed from now on, for a backward pass that would read what autograd saved of
+                them before.
             settled: called with a subgroup's index, in the thread that settles it.
             begun: operations of the plan that were enqueued already.
         """
         flight = self._new_flight(plan, subgroups, settled)
         backward, mark = self._compute.mark(), self._host_mark()
-        for index in flight.subgroups:
-            self._hold(flight, index, tensors.get(index, ()))
+        self._hold(flight, {index: tensors.get(index, ()) for index in flight.subgroups})
         run = partial(enqueue_update, plan, subgroups, slots, stagings, lanes, backward=backward, begun=begun)
         self._submit(flight, run, mark)
 
@@ -154,7 +157,7 @@ class Conductor:
         flight = self._flight
         assert flight is not None
         assert flight.is_open, "only an open update has subgroups to begin"
-        self._hold(flight, index, tensors)
+        self._hold(flight, {index: tensors})
         flight.gradients[index].set_result((self._compute.mark(), self._host_mark()))
 
     def close(self) -> None:
@@ -178,21 +181,31 @@ class Conductor:
         self._flight = _Flight(
             subgroups={i: subgroups[i] for i in indices},
             tensors={i: [] for i in indices},
+            num_awaited=Counter(),
             settled=settled,
             home=None if self._accelerator is None else torch.accelerator.current_stream(self._accelerator.device),
             announced={i: Future() for i in indices},
         )
         return self._flight
 
-    def _hold(self, flight: _Flight, index: int, tensors: Iterable[Tensor]) -> None:
-        """Make what the update of a subgroup reads and writes pending on it."""
-        flight.tensors[index] = list(tensors)
-        for tensor in flight.tensors[index]:
+    def _hold(self, flight: _Flight, tensors: Mapping[int, Iterable[Tensor]]) -> None:
+        """Make what the updates of these subgroups read and write pending on them."""
+        awaited: dict[int, tuple[Tensor, list[int]]] = {}
+        for index, pending in tensors.items():
+            flight.tensors[index] = list(pending)
+            for tensor in flight.tensors[index]:
+                awaited.setdefault(id(tensor), (tensor, []))[1].append(index)
+        for key, (tensor, indices) in awaited.items():
+            flight.num_awaited[key] = len(indices)
             torch.autograd.graph.increment_version(tensor)
-            make_pending(tensor, partial(self.settle, index))
+            make_pending(tensor, partial(self._settle_each, indices))
 
     def _submit(self, flight: _Flight, run: Callable[..., None], mark: object) -> None:
         flight.enqueued = self._thread.submit(self._conduct, [run], flight.announced, mark)
+
+    def _settle_each(self, indices: Iterable[int]) -> None:
+        for index in indices:
+            self.settle(index)
 
     def settle(self, index: int) -> None:
         """Make subgroup ``index`` safe to use on the current stream, and on the one that the update began on.
@@ -220,7 +233,9 @@ class Conductor:
             subgroup = flight.subgroups.pop(index)
             self._await_params(subgroup, flight.home)
             for tensor in flight.tensors.pop(index):
-                make_plain(tensor)
+                flight.num_awaited[id(tensor)] -= 1
+                if not flight.num_awaited[id(tensor)]:
+                    make_plain(tensor)
             flight.settled(index)
 
     def finish(self) -> None:

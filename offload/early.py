@@ -50,8 +50,12 @@ class EarlyTransfers:
         self._watched: list[Tensor] = []
         self._copied: list[Event] = []  # gradients of this backward pass
 
-    def arrived(self, subgroup: Subgroup, plan: Plan, subgroups: Sequence[Subgroup]) -> None:
-        """A gradient of ``subgroup`` was accumulated. Enqueues what can be of ``plan``, the next step's."""
+    def arrived(self, subgroup: Subgroup, plan: Plan, subgroups: Sequence[Subgroup], *, in_autograd: bool) -> None:
+        """A gradient of ``subgroup`` was accumulated. Enqueues what can be of ``plan``, the next step's.
+
+        ``in_autograd``: by autograd, in whose backward pass this is. Others call :meth:`await_copy` before they change
+        the gradient.
+        """
         is_first = not self._num_arrived
         self._num_arrived[subgroup.index] += 1
         if is_first:
@@ -60,16 +64,27 @@ class EarlyTransfers:
                     self._enqueue(op, subgroups)
         if not self._with_gradients or self._num_arrived[subgroup.index] != self._num_expected[subgroup.index]:
             return
+        grads = self._grads_now(subgroup.index)
         for op in early_operations(plan):
-            if op.kind is OpKind.GRAD_DOWN and op.subgroup == subgroup.index:
-                self._enqueue(op, subgroups, self._grads_now(subgroup.index))
-                self._watch(subgroup.index)
-                assert subgroup.grad_on_host is not None
-                if not self._copied:
-                    # Runs when all of this backward() is done. Private to autograd, but what FSDP and DDP are built on.
-                    at_end = partial(self._gradients_may_change, self._copied)
-                    torch.autograd.Variable._execution_engine.queue_callback(at_end)
-                self._copied.append(subgroup.grad_on_host)
+            if grads and op.kind is OpKind.GRAD_DOWN and op.subgroup == subgroup.index:
+                self._enqueue(op, subgroups, grads)
+                if in_autograd:
+                    self._watch(subgroup.index)
+                    self._await_copy_at_end(subgroup)
+
+    def _await_copy_at_end(self, subgroup: Subgroup) -> None:
+        assert subgroup.grad_on_host is not None
+        if not self._copied:
+            # Runs when all of this backward() is done. Private to autograd, but what FSDP and DDP are built on.
+            at_end = partial(self._gradients_may_change, self._copied)
+            torch.autograd.Variable._execution_engine.queue_callback(at_end)
+        self._copied.append(subgroup.grad_on_host)
+
+    def await_copy(self, subgroup: Subgroup) -> None:
+        """Let what the compute lane does next to the gradient of ``subgroup`` come after its copy, if it has begun."""
+        if any(op.kind is OpKind.GRAD_DOWN and op.subgroup == subgroup.index for op in self._begun):
+            assert subgroup.grad_on_host is not None
+            self._lanes.compute.wait(subgroup.grad_on_host)
 
     def _enqueue(self, op: Op, subgroups: Sequence[Subgroup], fingerprints: tuple[Fingerprint, ...] = ()) -> None:
         slots, stagings, lanes = self._pool.slots, self._pool.stagings, self._lanes

@@ -118,11 +118,16 @@ def _fill_budgets(homes: Homes, subgroups: Sequence[Subgroup], on_host: Sequence
 
 
 def first_plan(policy: Policy, num_subgroups: int, homes: Homes) -> Plan:
-    """The plan of the first steps; ``"auto"`` sends every other visitor to the device, to measure both sides."""
+    """The plan of the first steps; ``"auto"`` sends every other visitor to the device, to measure both sides.
+
+    One visitor among subgroups that never visit goes there too.
+    """
     if isinstance(policy, Plan):
         return policy
     placements = choose_placements(policy, num_subgroups, homes.residents)
     if policy == "auto":
-        for i in sorted(homes.visitors)[1::2]:
+        visitors = sorted(homes.visitors)
+        alone = len(visitors) == 1 and num_subgroups - len(homes.residents) > 1
+        for i in visitors if alone else visitors[1::2]:
             placements[i] = Placement.DEVICE
     return lower(placements, num_slots=homes.num_slots, num_staging=homes.num_staging)

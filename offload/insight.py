@@ -60,8 +60,8 @@ class Insight(torch.optim.Optimizer):
         """Write what ``plan="auto"`` measured and decided as JSON lines, for ``offload explain``.
 
         Raises:
-            ValueError: if nothing is decided while training: another plan, a model on the CPU, or a budget that lets no
-                state visit the device.
+            ValueError: if nothing is decided while training: another plan, a model on the CPU, one subgroup alone
+                without ``profile``, or a budget that lets no state visit the device.
         """
         controller = self.runtime.controller
         if controller is None:

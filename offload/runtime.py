@@ -145,7 +145,7 @@ class Runtime:
         self.controller = controller
         self.actions += added_actions
         if options.overlap != "none":
-            arrived = weakref.WeakMethod(self._gradient_arrived)
+            arrived = weakref.WeakMethod(self._accumulated)
             for subgroup, actions in zip(added, added_actions, strict=True):
                 self._hooks += watch_gradients(subgroup.index, [item.param for item in actions.slices], arrived)
         return added_actions
@@ -195,10 +195,16 @@ class Runtime:
             check_ordering([self._plan, plan, plan], subgroups, overlapped=overlapped)
 
     def _new_controller(self, subgroups: Sequence[Subgroup], homes: Homes) -> Controller | None:
-        """For "auto" on an accelerator. Parameters that join later start it anew, from the rates known by then."""
+        """For "auto" on an accelerator. Parameters that join later start it anew, from the rates known by then.
+
+        One subgroup alone is on one side or the other: no step measures both, so without rates there is no choice.
+        """
+        rates = self.rates or self.options.rates
         if self.options.policy != "auto" or self.accelerator is None or not homes.visitors:
             return None
-        return Controller(subgroups, homes, self.rates or self.options.rates, first_step=self._num_steps)
+        if rates is None and len(subgroups) - len(homes.residents) == 1:
+            return None
+        return Controller(subgroups, homes, rates, first_step=self._num_steps)
 
     @property
     def rates(self) -> Rates | None:
@@ -233,7 +239,10 @@ class Runtime:
     # ---- steps
 
     def step(
-        self, updates: Mapping[int, Sequence[SliceUpdate]], settled: Callable[[int], None] = lambda index: None
+        self,
+        updates: Mapping[int, Sequence[SliceUpdate]],
+        settled: Callable[[int], None] = lambda index: None,
+        pending: Mapping[int, Iterable[Tensor]] | None = None,
     ) -> None:
         """Run one step over the parameters in ``updates`` (by subgroup; a subgroup that is missing is left alone).
 
@@ -244,6 +253,8 @@ class Runtime:
 
         Args:
             settled: called with the index of each subgroup once its parameters and gradients may be used.
+            pending: by subgroup, what is pending in the place of its parameters and gradients: for a caller whose
+                tensors share memory with them. One may wait for several subgroups.
 
         Raises:
             RuntimeError: if an earlier step failed half way.
@@ -264,14 +275,15 @@ class Runtime:
                 self.actions[index].begin_step(subgroup_updates)
             begun = self._early.take(plan)
             if self.overlap == "next_forward" and timer is None:
-                tensors = {index: list(_tensors_of(group)) for index, group in updates.items()}
+                if pending is None:
+                    pending = {index: list(_tensors_of(group)) for index, group in updates.items()}
                 self._conductor.start(
                     plan,
                     self.subgroups,
                     self.pool.slots,
                     self.pool.stagings,
                     self.lanes,
-                    tensors,
+                    pending,
                     partial(_settle, self.actions, settled),
                     begun=begun,
                 )
@@ -396,13 +408,33 @@ class Runtime:
         else:
             self.lanes.synchronize()  # of states that came up for nothing
 
-    def _gradient_arrived(self, index: int, position: int) -> None:
-        """In backward, in a thread of autograd's."""
+    # ---- gradients
+
+    def _accumulated(self, index: int, position: int) -> None:
+        """By autograd, in one of its threads."""
         if self._arrived_in_open_step is not None:
             self._arrived_in_open_step(index, position)
-        elif self._broken is None and not self._will_be_timed:
+        else:
+            self.gradient_arrived(index, in_autograd=True)
+
+    def gradient_arrived(self, index: int, *, in_autograd: bool = False) -> None:
+        """A gradient of subgroup ``index`` was accumulated: begin what of the next update may begin during backward.
+
+        For parameters that autograd accumulates into this is called by itself. Others call it on the stream that wrote
+        the gradient, and :meth:`before_gradient` before they write to it.
+        """
+        if self._broken is None and not self._will_be_timed:
             self._conductor.finish()
-            self._early.arrived(self.subgroups[index], self._plan, self.subgroups)
+            self._early.arrived(self.subgroups[index], self._plan, self.subgroups, in_autograd=in_autograd)
+
+    def before_gradient(self, index: int) -> None:
+        """Let what the current stream writes to the gradient of subgroup ``index`` come after an early copy of it."""
+        self._early.await_copy(self.subgroups[index])
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether an overlapped step was begun and not finished."""
+        return self._conductor.in_flight
 
     @property
     def _will_be_timed(self) -> bool:
