@@ -2,12 +2,14 @@
 #   make demo       fine-tune a real language model with offload.AdamW (an accelerator is used if there is one)
 #   make test       the default test suite            make test-slow   the longer sweeps
 #   make lint       ruff, mypy --strict, clang-format make format      let ruff and clang-format rewrite
+#   make examples   the small examples, on an accelerator or the emulated one
 #   make docs       the site, in out/site             make dist        sdist and wheel, in dist
 #   make clean      remove what the targets above made, the downloaded model and text included
 
 PYTHON ?= python3
 PYTEST_ARGS ?= --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 DEMO_ARGS ?=
+EMULATED ?= $(if $(wildcard /proc/driver/nvidia),,--emulated)
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,10 +18,10 @@ ENVIRONMENT := $(VENV)/.environment
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format docs dist clean
+.PHONY: help demo examples test test-slow lint format docs dist clean
 
 help:
-	@sed -n '2,6s/^#//p' Makefile
+	@sed -n '2,7s/^#//p' Makefile
 
 # Virtual environment and torch: rarely changes, and its own stamp, so that an edit of the sources never touches torch.
 $(ENVIRONMENT): scripts/make_environment.py
@@ -34,6 +36,15 @@ $(INSTALLED): $(ENVIRONMENT) pyproject.toml setup.py $(filter csrc/cpu_adam/%,$(
 demo: $(INSTALLED)
 	$(BIN)/python examples/fetch_demo_assets.py .cache/demo
 	$(BIN)/python examples/finetune.py $(DEMO_ARGS)
+
+examples: $(INSTALLED)
+	$(BIN)/python examples/plain_loop.py
+	$(BIN)/python examples/trainer_finetune.py --tiny $(EMULATED) --output out/trainer
+	$(BIN)/python examples/trainer_finetune.py --tiny --lora $(EMULATED) --output out/trainer_lora
+	$(BIN)/python examples/vision.py
+	$(BIN)/python examples/mixture_of_experts.py
+	$(BIN)/python examples/diffusion_streaming.py
+	$(BIN)/python examples/pipeline_stages.py
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -12,6 +12,7 @@ from offload.accelerators import Accelerator
 from offload.kernels import PreparedUpdate, Rounding, Scalars, State, update
 from offload.kernels.codec import join_master
 from offload.lanes import Event
+from offload.shards import local
 from offload.state_layout import ADAM_FP32, StateKind, StateLayout
 from offload.subgroup import Slot, Staging
 
@@ -23,7 +24,8 @@ _NO_ROUNDING = Rounding()
 
 @dataclass(frozen=True, slots=True)
 class ParamSlice:
-    """One whole parameter within a subgroup: ``numel`` elements from ``offset`` of the flat state.
+    """One whole parameter (or this rank's shard of it) within a subgroup: ``numel`` elements from ``offset`` of the
+    flat state.
 
     ``number`` is that of its first element among all parameters of the optimizer, however they are cut.
     """
@@ -203,8 +205,8 @@ class AdamSubgroup:
 
 
 def flat(param: Tensor) -> Tensor:
-    """A flat view that shares the parameter's storage and version counter, outside autograd."""
-    return param.detach().view(-1)
+    """A flat view that shares the parameter's (its shard's) storage and version counter, outside autograd."""
+    return local(param).detach().view(-1)
 
 
 def read_master(actions: AdamSubgroup, item: ParamSlice) -> None:

@@ -12,6 +12,7 @@ from offload.options import Options
 from offload.perf_model import Rates
 from offload.policy import Overlap, Stride, parse_overlap, parse_policy
 from offload.pool import Budgets, parse_bytes
+from offload.processors import ranks_on_this_node
 
 # torch's implementation switches, at the values that are true of this optimizer.
 _ACCEPTED_SWITCHES: dict[str, tuple[bool | None, ...]] = {
@@ -55,7 +56,7 @@ def check_update_in_backward(on_nonfinite: str, *, pending: bool) -> None:
         )
 
 
-def check_overlap(overlap: Overlap) -> None:
+def check_ranks(overlap: Overlap) -> None:
     """Raise ValueError if gradients would go down before they were reduced over ranks."""
     if overlap == "backward" and (num_ranks := num_distributed_ranks()) > 1:
         raise ValueError(
@@ -114,7 +115,7 @@ def _rates_of(profile: object) -> Rates | None:
         profile = HardwareProfile.load(profile)
     if not isinstance(profile, HardwareProfile):
         raise TypeError(f"profile must be a HardwareProfile, its name or file, Rates, or None, not {profile!r}")
-    return Rates.from_profile(profile)
+    return Rates.from_profile(profile, num_ranks=ranks_on_this_node())
 
 
 def param_name(group: dict[str, Any], group_index: int, index: int) -> str:

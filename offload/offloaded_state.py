@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from offload.adam import AdamSubgroup, flat
-from offload.arguments import check_overlap, check_rounding_seed, param_name, parse_options
+from offload.arguments import check_ranks, check_rounding_seed, param_name, parse_options
 from offload.hardware import HardwareProfile
 from offload.insight import Insight
 from offload.kernels.state import check_state_format
-from offload.layout import Packed, check_param, check_state_kind, pack, resolve_subgroup_numel
+from offload.layout import Packed, check_overlap, check_param, check_state_kind, pack, resolve_subgroup_numel
 from offload.live import publish_if_asked
 from offload.masters import MasterTable
 from offload.optimizer_state import check_state, copy_entries, fill_entry, load_state, shared_entries
@@ -27,6 +27,7 @@ from offload.policy import Overlap, Policy
 from offload.record import StepWatch
 from offload.rules import Rule
 from offload.runtime import Runtime
+from offload.shards import is_sharded, local, shard_offset
 from offload.snapshot import Snapshot, Source
 from offload.state_layout import StateKind
 
@@ -67,7 +68,7 @@ class OffloadedState(Insight):
             profile=profile,
             overlap=overlap,
         )
-        check_overlap(self._options.overlap)
+        check_ranks(self._options.overlap)
         self.state_format = check_state_format(state_format)
         self.rounding_seed = check_rounding_seed(rounding_seed)
         self.on_nonfinite = on_nonfinite
@@ -92,9 +93,9 @@ class OffloadedState(Insight):
         if device.type == "cpu" and options.policy == "auto":
             options = replace(options, policy="host", rates=None)
         if options.overlap == "auto":
-            hides = device.type != "cpu"
+            hides = device.type != "cpu" and not any(map(is_sharded, params))
             options = replace(options, overlap="next_forward" if hides else "none", chooses_overlap=hides)
-        total_numel = sum(p.numel() for p in params if p.requires_grad)
+        total_numel = sum(local(p).numel() for p in params if p.requires_grad)
         self._subgroup_numel = resolve_subgroup_numel(options.subgroup_numel, total_numel)
         self._runtime = Runtime(device, options)
         self._add_to_runtime(range(len(self.param_groups)))
@@ -114,6 +115,7 @@ class OffloadedState(Insight):
     def _add_to_runtime(self, group_indices: Iterable[int]) -> None:
         """Allocate state for the trainable parameters of these groups that have none yet, after checking them all."""
         packed: dict[StateKind, list[Packed]] = {}
+        empty: list[tuple[Tensor, StateKind]] = []
         numbers = self._numbers()
         for index in group_indices:
             group, params = self.param_groups[index], []
@@ -122,7 +124,9 @@ class OffloadedState(Insight):
                 if (param.requires_grad or param.grad is not None) and param not in self._masters:
                     check_param(param, param_name(group, index, i), self.runtime.device)
                     check_state_kind(kind, param, param_name(group, index, i))
+                    check_overlap(self.runtime.options.overlap, param, param_name(group, index, i))
                     params.append(param)
+            empty += [(param, kind) for param in params if is_sharded(param) and not local(param).numel()]
             packed.setdefault(kind, []).extend(
                 pack(index, params, self._subgroup_numel, alignment=kind.alignment, numbers=numbers)
             )
@@ -130,13 +134,15 @@ class OffloadedState(Insight):
             first = len(self.runtime.subgroups)
             for i, actions in enumerate(self.runtime.add(subgroups, kind)):
                 self._masters.add(first + i, actions, self.rule.torch_names)
+        for param, kind in empty:
+            self._masters.add_empty(param, kind, self.rule.torch_names)
         self._refresh_masters()
 
     def _numbers(self) -> dict[Tensor, int]:
         """Of each parameter's first element, numbering all groups through: what its random bits are drawn by."""
         params = [param for group in self.param_groups for param in group["params"]]
         ends = itertools.accumulate(param.numel() for param in params)
-        return {param: end - param.numel() for param, end in zip(params, ends, strict=True)}
+        return {param: end - param.numel() + shard_offset(param) for param, end in zip(params, ends, strict=True)}
 
     @property
     def runtime(self) -> Runtime:
@@ -145,6 +151,20 @@ class OffloadedState(Insight):
         return self._runtime
 
     # ---- parameters that were edited
+
+    def _follow_params(self) -> None:
+        """Make state for parameters that were frozen when this was constructed and are trained now.
+
+        If all are others than before (Accelerate puts sharded ones in their place), state is made anew for them, and
+        what was there is freed first.
+        """
+        if self._masters and not any(p in self._masters for group in self.param_groups for p in group["params"]):
+            self.synchronize()
+            self.state.clear()
+            self._forget_runtime()
+            self._build()
+        else:
+            self._add_to_runtime(range(len(self.param_groups)))
 
     def refresh_masters(self) -> None:
         """Take over every parameter's present value.
@@ -160,9 +180,10 @@ class OffloadedState(Insight):
     def _check_param(self, param: Tensor) -> None:
         name, home = self._name_of(param), self._masters[param]
         check_param(param, name, self.runtime.device)
-        if (param.dtype, param.numel()) != (home.actions.dtype, home.item.numel):
+        numel = local(param).numel()
+        if (param.dtype, numel) != (home.actions.dtype, home.item.numel):
             raise ValueError(
-                f"parameter {name} had {home.item.numel} elements of {home.actions.dtype} and now has {param.numel()} "
+                f"parameter {name} had {home.item.numel} elements of {home.actions.dtype} and now has {numel} "
                 f"of {param.dtype}; construct the optimizer after such a change of the model"
             )
 
@@ -194,10 +215,13 @@ class OffloadedState(Insight):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        params = self.check_state_dict(state_dict)
+        params = [param for group in self.param_groups for param in group["params"]]
+        if any(param.requires_grad and param.numel() and param not in self._masters for param in params):
+            self._follow_params()
+        fitting = self.check_state_dict(state_dict)
         self._refresh_masters()
         try:
-            load_state(self.param_groups, self.state, self._masters, state_dict, params)
+            load_state(self.param_groups, self.state, self._masters, state_dict, fitting)
         except BaseException as error:
             self.runtime.mark_broken(error)
             raise

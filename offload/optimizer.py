@@ -16,6 +16,7 @@ from offload.gradients import NonFiniteGradientError, PendingScale, all_finite
 from offload.kernels import Scalars
 from offload.layout import check_grad
 from offload.offloaded_state import OffloadedState
+from offload.optimizer_state import adopt_entries
 from offload.update_in_backward import UpdateInBackward
 from offload.updates import GroupedParam, updates_by_subgroup
 
@@ -27,8 +28,9 @@ class OffloadedOptimizer(OffloadedState):
     :mod:`offload.optimizers` add the hyper-parameters of their rule and pass these arguments on, keyword-only:
 
     Args:
-        params: parameters, named parameters or groups, all on one device: float32, bfloat16 or float16, contiguous.
-            The device may be the CPU: then every update is the CPU's.
+        params: parameters, named parameters or groups, all on one device: float32, bfloat16 or float16, contiguous;
+            or DTensors of such (FSDP2), whose shards each rank updates. The device may be the CPU: then every update is
+            the CPU's.
         plan: ``"auto"`` measures some steps and follows the fastest split as rates change, ``"host"`` updates all on
             the CPU, ``"device"`` streams all through the accelerator; or :class:`offload.Static`,
             :class:`offload.Stride`, an :class:`offload.Plan` or its text.
@@ -38,12 +40,13 @@ class OffloadedOptimizer(OffloadedState):
             model, within 2**20 and 1e8.
         num_slots: device buffers, each for one subgroup's state.
         profile: what ``plan="auto"`` believes of the machine until it has measured: a :class:`HardwareProfile`, its
-            name or file, or :class:`Rates`; None starts with a plan that measures both sides.
+            name or file, or :class:`Rates`; None starts with a plan that measures both sides. Of a profile's cores and
+            host memory a rank gets the share that LOCAL_WORLD_SIZE ranks leave it, if a launcher has set that.
         overlap: ``"next_forward"`` returns from :meth:`step` when the update has begun; whoever reads a parameter first
             waits for it (:mod:`offload.pending`). ``"none"`` returns when the next forward may be enqueued, and so does
             ``"backward"``, which brings gradients down while backward runs (:mod:`offload.early`).
-            ``"auto"`` is ``"none"`` on the CPU, where nothing would be hidden. On an accelerator it starts as
-            ``"next_forward"`` and, with ``plan="auto"``, follows what a whole step is predicted to take.
+            ``"auto"`` is ``"none"`` for DTensors, and on the CPU, where nothing would be hidden. On an accelerator it
+            starts as ``"next_forward"`` and, with ``plan="auto"``, follows what a whole step is predicted to take.
         on_nonfinite: what :meth:`step` does about NaN or infinity in a gradient: raise
             :class:`NonFiniteGradientError`, or skip the step and count it in ``num_skipped_steps``. State and
             parameters are untouched either way.
@@ -91,9 +94,10 @@ class OffloadedOptimizer(OffloadedState):
             warnings.warn("step() found no gradients, so it changed nothing: was backward() called?", stacklevel=4)
             return loss
         grads = [param.grad for _, param in params if param.grad is not None]
-        if not all_finite(grads):
+        if not true_on_all_ranks(all_finite(grads), grads):
             self._refuse_nonfinite(params)
             return loss
+        adopt_entries((param for _, param in params), self.state, self._masters, self.synchronize, self.rule.name)
         self._refresh_masters()
         self._run(params, self._grad_scale.value(grads))
         return loss
@@ -127,7 +131,7 @@ class OffloadedOptimizer(OffloadedState):
                 self.synchronize()
                 home.restart()
             entry.update(step=torch.tensor(0.0), **home.views())
-            home.fresh = False
+            home.entry, home.fresh = entry, False
         entry["step"] += 1
 
     def _params_with_grad(self) -> list[GroupedParam]:
@@ -137,8 +141,8 @@ class OffloadedOptimizer(OffloadedState):
                 if param.grad is not None and param.numel():
                     check_grad(param.grad, param, param_name(group, index, i))
                     found.append((group, param))
-        if any(param not in self._masters for _, param in found):  # frozen when this was constructed, trained now
-            self._add_to_runtime(range(len(self.param_groups)))
+        if any(param not in self._masters for _, param in found):
+            self._follow_params()
         return found
 
     def _refuse_nonfinite(self, params: Sequence[GroupedParam]) -> None:
@@ -146,9 +150,10 @@ class OffloadedOptimizer(OffloadedState):
             self.num_skipped_steps += 1
             return
         bad = [self._name_of(p) for _, p in params if p.grad is not None and not all_finite([p.grad])]
+        first = ", ".join(bad[:3]) or "in another rank's shards"
         raise NonFiniteGradientError(
-            f"{len(bad)} of {len(params)} gradients hold NaN or infinity, first: {', '.join(bad[:3])}; nothing was "
-            f"changed. Lower the learning rate or the loss scale, or construct with on_nonfinite='skip'"
+            f"{len(bad)} of {len(params)} gradients hold NaN or infinity, first: {first}; nothing was changed. "
+            f"Lower the learning rate or the loss scale, or construct with on_nonfinite='skip'"
         )
 
     # ---- the step that begins in backward
@@ -182,7 +187,7 @@ class OffloadedOptimizer(OffloadedState):
         self._grad_scale.forget()
         params = [param for group in self.param_groups for param in group["params"]]
         if any(p.requires_grad and p.numel() and p not in self._masters for p in params):  # frozen at construction
-            self._add_to_runtime(range(len(self.param_groups)))
+            self._follow_params()
         named = {
             param: (group, param_name(group, index, i))
             for index, group in enumerate(self.param_groups)

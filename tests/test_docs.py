@@ -21,6 +21,8 @@ from offload.jobs import equal_subgroups
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 ELSEWHERE = {
+    "fsdp2.md": "tests/shards_ranks.py runs the same calls, in ranks",
+    "huggingface.md": "tests/integrations/test_transformers_trainer.py runs the same calls, with a model and data",
     "testing.md": "tests/testing/test_pytest_plugin.py runs its example as a project of its own",
 }
 NAMES = [page.name for page in PAGES]

@@ -18,7 +18,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     map(
         frozenset,
         (
-            {"plan", "kernels", "accelerators", "hardware", "processors", "tensor_file"},
+            {"plan", "kernels", "accelerators", "hardware", "processors", "shards", "tensor_file"},
             {
                 "lanes",
                 "accounting",
