@@ -2,6 +2,7 @@
 #   make demo       fine-tune a real language model with offload.AdamW (an accelerator is used if there is one)
 #   make test       the default test suite            make test-slow   the longer sweeps
 #   make lint       ruff, mypy --strict, clang-format make format      let ruff and clang-format rewrite
+#   make soak       2,000 steps with faults and kills        make sanitize    the CPU kernel under ASan, UBSan and TSan
 #   make examples   the small examples, on an accelerator or the emulated one
 #   make docs       the site, in out/site             make dist        sdist and wheel, in dist
 #   make clean      remove what the targets above made, the downloaded model and text included
@@ -18,10 +19,10 @@ ENVIRONMENT := $(VENV)/.environment
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo examples test test-slow lint format docs dist clean
+.PHONY: help demo examples test test-slow soak sanitize lint format docs dist clean
 
 help:
-	@sed -n '2,7s/^#//p' Makefile
+	@sed -n '2,8s/^#//p' Makefile
 
 # Virtual environment and torch: rarely changes, and its own stamp, so that an edit of the sources never touches torch.
 $(ENVIRONMENT): scripts/make_environment.py
@@ -51,6 +52,18 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+soak: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow tests/test_soak.py -s
+
+# Without contraction, as the extension is built. The thread sanitizer wants fixed addresses for the program.
+SANITIZED := -std=c++17 -O1 -g -ffp-contract=off -pthread -fno-sanitize-recover=all -Wno-maybe-uninitialized
+sanitize:
+	@mkdir -p out
+	$(CXX) $(SANITIZED) -fsanitize=address,undefined tests/sanitize/cpu_adam.cpp -o out/cpu_adam_asan
+	./out/cpu_adam_asan
+	$(CXX) $(SANITIZED) -fsanitize=thread tests/sanitize/cpu_adam.cpp -o out/cpu_adam_tsan
+	setarch $$(uname -m) -R ./out/cpu_adam_tsan
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

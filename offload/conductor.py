@@ -17,6 +17,7 @@ to be begun. Nobody may read what is pending on it meanwhile: that would wait fo
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import weakref
 from collections import Counter
@@ -35,7 +36,9 @@ from offload.lanes import Event, Lane, Lanes
 from offload.lanes.accelerator import start_worker
 from offload.pending import make_pending, make_plain
 from offload.plan import Op, Plan
+from offload.signals import deferred_signals
 from offload.subgroup import Slot, Staging, Subgroup
+from offload.watchdog import wait_for
 
 
 @dataclass(slots=True)
@@ -87,7 +90,8 @@ class Conductor:
         self._accelerator = accelerator
         self._lock = threading.RLock()
         self._flight: _Flight | None = None
-        initializer = None if accelerator is None else partial(start_worker, accelerator)
+        self._started: list[threading.Thread] = []
+        initializer = None if accelerator is None else partial(start_worker, accelerator, self._started)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="offload-conductor", initializer=initializer)
 
     @property
@@ -214,7 +218,7 @@ class Conductor:
             RuntimeError: if the update is open.
             Exception: what failed in the update, after everything pending was made what it was.
         """
-        with self._lock:
+        with deferred_signals(), self._lock:
             flight = self._flight
             if flight is None or index not in flight.subgroups:
                 return
@@ -225,7 +229,7 @@ class Conductor:
                     "trained so"
                 )
             try:
-                mark = flight.announced[index].result()
+                mark = self._wait(flight.announced[index], f"the update of subgroup {index}")
             except BaseException as error:
                 self._abandon(flight, error)
                 raise
@@ -240,7 +244,7 @@ class Conductor:
 
     def finish(self) -> None:
         """Settle all, and return when the whole update is enqueued. Raises what failed in it."""
-        with self._lock:
+        with deferred_signals(), self._lock:
             flight = self._flight
             if flight is None:
                 return
@@ -248,7 +252,7 @@ class Conductor:
                 self.settle(index)
             assert flight.enqueued is not None
             try:
-                self._host_join(flight.enqueued.result())
+                self._host_join(self._wait(flight.enqueued, "the end of the update"))
             except BaseException as error:
                 self._abandon(flight, error)
                 raise
@@ -263,8 +267,13 @@ class Conductor:
         for tensor in [tensor for tensors in flight.tensors.values() for tensor in tensors]:
             make_plain(tensor)
         assert flight.enqueued is not None
-        flight.enqueued.exception()  # the thread lets go of what the update used
+        with contextlib.suppress(Exception):
+            self._wait(flight.enqueued, "the end of a failed update")  # the thread lets go of what the update used
         self._flight = None
+
+    def _wait(self, future: Future[object], what: str) -> object:
+        """What the conductor's thread gives; it waits itself, so its own error has time to come first."""
+        return wait_for(future, lambda: f"the step waits for {what} to be enqueued", self._started, patience=2.0)
 
     def _await_params(self, subgroup: Subgroup, home: torch.Stream | None) -> None:
         await_params(subgroup, self._compute)
@@ -308,8 +317,10 @@ def _wait_for_copies(*lanes: Lane) -> None:
         lane.mark().synchronize()
 
 
-def let_land(conductor: Conductor, hooks: Sequence[RemovableHandle], *copies: Lane) -> None:
+def let_land(process: int, conductor: Conductor, hooks: Sequence[RemovableHandle], *copies: Lane) -> None:
     """Keep what is in flight alive until it is done. Nobody is left to hear of an update that fails now."""
+    if process != os.getpid():
+        return  # in a fork: nothing of it is in flight here
     for hook in hooks:
         hook.remove()
 

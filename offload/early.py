@@ -88,7 +88,12 @@ class EarlyTransfers:
 
     def _enqueue(self, op: Op, subgroups: Sequence[Subgroup], fingerprints: tuple[Fingerprint, ...] = ()) -> None:
         slots, stagings, lanes = self._pool.slots, self._pool.stagings, self._lanes
-        enqueue_early(op, subgroups, slots, stagings, lanes, grads_ready=lanes.compute.mark())
+        try:
+            enqueue_early(op, subgroups, slots, stagings, lanes, grads_ready=lanes.compute.mark())
+        except torch.OutOfMemoryError:
+            if op.kind is not OpKind.PREFETCH:
+                raise
+            return  # nothing is lost: the step tries again, and goes on with fewer slots if it must
         self._begun[op] = fingerprints
 
     def _watch(self, index: int) -> None:

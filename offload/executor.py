@@ -26,14 +26,22 @@ backward still runs: :func:`enqueue_early`. The update itself then goes without 
 Where gradients are final when backward has made them (no clipping, no accumulation after it), each subgroup's update
 may follow its own gradients instead of the whole backward pass: :func:`enqueue_in_backward`. A gradient is final once
 autograd has accumulated it, and by then every layer that gives it a share has read the parameter.
+
+[Note: a slot less]
+Where the device has no memory left when a state should go into its slot, nothing was changed yet: the slot's memory is
+given back, and what has not begun takes another slot or is updated on the CPU. The bits are the same anywhere. Who owns
+the slots sees afterwards that one has no buffer any more, and plans with fewer from then on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 
+import torch
+
 from offload.lanes import Event, Lane, Lanes
 from offload.plan import Op, OpKind, Plan
+from offload.shrink import without_slot
 from offload.subgroup import Slot, Staging, Subgroup
 
 # The operations that write the parameters of a subgroup; each plan has one of them for each subgroup.
@@ -107,14 +115,30 @@ def enqueue_in_backward(
         grads_ready: gives the end of a subgroup's gradients on the compute lane. May block the calling thread until
             backward has made them, so the plan has to take subgroups in the order in which that happens.
     """
-    for op in plan.ops:
-        if op not in begun:
-            subgroup = subgroups[op.subgroup]
+    ops, lost = [op for op in plan.ops if op not in begun], set()
+    touched = {op.subgroup for op in begun}
+    for position, op in enumerate(ops):  # whose rest may be replaced below
+        subgroup = subgroups[op.subgroup]
+        try:
             if op.kind in (OpKind.UPDATE_GPU, OpKind.UPDATE_RESIDENT):
                 lanes.update.wait(grads_ready(subgroup))
             _enqueue(op, subgroup, slots, stagings, lanes, grads_ready=grads_ready)
-            if op.kind in LAST_WRITES:
-                announce(subgroup)
+        except torch.OutOfMemoryError:
+            if op.kind is not OpKind.PREFETCH:
+                raise
+            # See [Note: a slot less].
+            assert op.buffer is not None
+            lost.add(op.buffer)
+            usable = [slot.index for slot in slots if slot.index not in lost]
+            instead = without_slot(ops, position, begun=touched, slots=usable, num_staging=len(stagings))
+            if instead is None:
+                raise
+            slots[op.buffer].buffer = None
+            ops[position + 1 :] = instead
+            continue
+        touched.add(op.subgroup)
+        if op.kind in LAST_WRITES:
+            announce(subgroup)
 
 
 def early_operations(plan: Plan) -> list[Op]:

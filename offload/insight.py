@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from os import PathLike
+from typing import Any
 
 import torch
+from torch.optim.optimizer import ParamsT
 
 from offload.explain import explain
 from offload.hardware import HardwareProfile
@@ -45,6 +47,16 @@ class Insight(torch.optim.Optimizer):
     def bill(self) -> MemoryBill:
         """Bytes taken beyond parameters and gradients."""
         return replace(self.runtime.bill, snapshot_bytes=self.runtime.snapshot_bytes)
+
+    @classmethod
+    def bill_of(cls, params: ParamsT, **arguments: Any) -> MemoryBill:
+        """What an optimizer constructed with these arguments would take. Nothing is taken.
+
+        Raises what the constructor raises, :class:`offload.BudgetError` where the system or a budget does not hold it.
+        """
+        unallocated = type(cls.__name__, (cls,), {"_allocates": False})
+        bill: MemoryBill = unallocated(params, **arguments).bill
+        return bill
 
     def explain(self) -> str:
         """Which subgroup is updated where, what it costs in memory, and what the rates measured so far predict.

@@ -18,10 +18,23 @@ from offload.arguments import check_ranks, check_rounding_seed, param_name, pars
 from offload.hardware import HardwareProfile
 from offload.insight import Insight
 from offload.kernels.state import check_state_format
-from offload.layout import Packed, check_overlap, check_param, check_state_kind, pack, resolve_subgroup_numel
+from offload.layout import (
+    Packed,
+    check_overlap,
+    check_param,
+    check_state_kind,
+    pack,
+    resolve_subgroup_numel,
+)
 from offload.live import publish_if_asked
 from offload.masters import MasterTable
-from offload.optimizer_state import check_state, copy_entries, fill_entry, load_state, shared_entries
+from offload.optimizer_state import (
+    check_state,
+    copy_entries,
+    fill_entry,
+    load_state,
+    shared_entries,
+)
 from offload.perf_model import Rates
 from offload.policy import Overlap, Policy
 from offload.record import StepWatch
@@ -38,6 +51,7 @@ class OffloadedState(Insight):
     """Parameters and their state, laid out in subgroups. How they are updated is for :class:`OffloadedOptimizer`."""
 
     rule: Rule
+    _allocates = True
 
     def __init__(
         self,
@@ -76,7 +90,8 @@ class OffloadedState(Insight):
         self._forget_runtime()
         super().__init__(params, defaults)
         self._build()
-        publish_if_asked(self)
+        if self._allocates:
+            publish_if_asked(self)
 
     # ---- construction
 
@@ -96,6 +111,7 @@ class OffloadedState(Insight):
             hides = device.type != "cpu" and not any(map(is_sharded, params))
             options = replace(options, overlap="next_forward" if hides else "none", chooses_overlap=hides)
         total_numel = sum(local(p).numel() for p in params if p.requires_grad)
+        options = replace(options, allocates=self._allocates)
         self._subgroup_numel = resolve_subgroup_numel(options.subgroup_numel, total_numel)
         self._runtime = Runtime(device, options)
         self._add_to_runtime(range(len(self.param_groups)))
@@ -150,7 +166,7 @@ class OffloadedState(Insight):
         assert self._runtime is not None
         return self._runtime
 
-    # ---- parameters that were edited
+    # ---- parameters that were edited or replaced
 
     def _follow_params(self) -> None:
         """Make state for parameters that were frozen when this was constructed and are trained now.

@@ -14,9 +14,15 @@ from offload.arguments import check_update_in_backward, param_name
 from offload.final_gradients import FinalGradients
 from offload.gradients import NonFiniteGradientError, PendingScale, all_finite
 from offload.kernels import Scalars
-from offload.layout import check_grad
+from offload.layout import (
+    check_grad,
+)
 from offload.offloaded_state import OffloadedState
-from offload.optimizer_state import adopt_entries
+from offload.optimizer_state import (
+    adopt_entries,
+)
+from offload.shards import true_on_all_ranks
+from offload.signals import deferred_signals
 from offload.update_in_backward import UpdateInBackward
 from offload.updates import GroupedParam, updates_by_subgroup
 
@@ -99,7 +105,8 @@ class OffloadedOptimizer(OffloadedState):
             return loss
         adopt_entries((param for _, param in params), self.state, self._masters, self.synchronize, self.rule.name)
         self._refresh_masters()
-        self._run(params, self._grad_scale.value(grads))
+        with deferred_signals():  # a step is taken whole, or not at all
+            self._run(params, self._grad_scale.value(grads))
         return loss
 
     def _run(self, params: Sequence[GroupedParam], grad_scale: float) -> None:
@@ -188,6 +195,8 @@ class OffloadedOptimizer(OffloadedState):
         params = [param for group in self.param_groups for param in group["params"]]
         if any(p.requires_grad and p.numel() and p not in self._masters for p in params):  # frozen at construction
             self._follow_params()
+        adopt_entries(params, self.state, self._masters, self.synchronize, self.rule.name)
+        self._refresh_masters()
         named = {
             param: (group, param_name(group, index, i))
             for index, group in enumerate(self.param_groups)

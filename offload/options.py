@@ -19,4 +19,5 @@ class Options:
     num_slots: int | None
     rates: Rates | None = None  # believed until measured, with "auto"
     overlap: Overlap = "none"
+    allocates: bool = True  # False: nothing is but billed
     chooses_overlap: bool = False  # starts with ``overlap``, and follows what whole steps are predicted to take

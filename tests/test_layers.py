@@ -18,6 +18,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     map(
         frozenset,
         (
+            {"limits", "signals", "watchdog"},
             {"plan", "kernels", "accelerators", "hardware", "processors", "shards", "tensor_file"},
             {
                 "lanes",
@@ -33,6 +34,8 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
                 "state_layout",
                 "state_entries",
                 "rules",
+                "ring",
+                "shrink",
             },
             {"subgroup", "module_waits", "monitor", "timeline"},
             {"testing", "pool", "policy", "executor", "adam"},
@@ -52,7 +55,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
             {"scheduling", "estimate", "calibration", "timing", "optimizer_state", "updates"},
             {"planner", "tracing", "overlaps"},
             {"candidates"},
-            {"controller", "jobs"},
+            {"controller", "jobs", "memory"},
             {"runtime", "streaming"},
             {"record", "live", "update_in_backward"},
             {"arguments", "explain", "verdict"},
