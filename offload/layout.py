@@ -12,6 +12,7 @@ from offload.adam import ParamSlice
 from offload.pending import PendingTensor
 from offload.shards import is_sharded, local, spread_alike
 from offload.state_layout import StateKind
+from offload.watched import WatchedTensor
 
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEFAULT_NUM_SUBGROUPS = 24  # enough to overlap transfers with updates; more only adds launches
@@ -99,7 +100,7 @@ def check_grad(grad: Tensor, param: Tensor, name: str) -> None:
             f"redistribute it to {getattr(param, 'placements', 'a plain tensor')}"
         )
     grad = local(grad)
-    if not isinstance(grad, PendingTensor) and type(grad) not in (Tensor, nn.Parameter):
+    if not isinstance(grad, (PendingTensor, WatchedTensor)) and type(grad) not in (Tensor, nn.Parameter):
         raise RuntimeError(
             f"the gradient of parameter {name} is a {type(grad).__name__}; only plain tensors are taken: "
             f"set param.grad to the local tensor"

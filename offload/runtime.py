@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -18,22 +16,23 @@ from torch.utils.hooks import RemovableHandle
 from offload.accelerators import accelerator_for
 from offload.adam import AdamSubgroup, SliceUpdate
 from offload.beliefs import Measurement
-from offload.conductor import Conductor
+from offload.conductor import Conductor, let_land
 from offload.controller import Controller, Decision
 from offload.early import EarlyTransfers, watch_gradients
 from offload.executor import run_update
+from offload.final_gradients import in_order_of
 from offload.homes import NUM_STAGING, Homes, first_plan
 from offload.kernels import default_implementation
-from offload.lanes import Lane, Lanes
+from offload.lanes import Lanes
 from offload.lanes.accelerator import StreamLane, accelerator_lanes
 from offload.lanes.inline import inline_lanes
 from offload.layout import Packed
 from offload.memory import Claim, allocate_buffers, allocate_states, claim, warn_of_ring
-from offload.ordering import check_ordering
+from offload.options import Options
+from offload.ordering import check_ordering, check_ordering_in_backward
 from offload.perf_model import Prediction, Rates, predict
-from offload.plan import Placement, Plan, lower
-from offload.policy import Overlap, Policy
-from offload.pool import BudgetError, Budgets, MemoryBill, Pool, format_bytes
+from offload.plan import OpKind, Placement, Plan, lower
+from offload.pool import BudgetError, MemoryBill, Pool, format_bytes
 from offload.snapshot import DEFAULT_NUM_COPIES, Copier, Source
 from offload.state_layout import ADAM_FP32, StateKind, StateLayout
 from offload.subgroup import Subgroup
@@ -43,46 +42,9 @@ from offload.timing import StepTimer, work_of
 logger = logging.getLogger("offload")
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What the user asked for, checked."""
-
-    policy: Policy
-    budgets: Budgets
-    subgroup_numel: int | None
-    num_slots: int | None
-    rates: Rates | None = None  # believed until measured, with "auto"
-    overlap: Overlap = "none"
-    allocates: bool = True  # False: nothing is but billed
-    chooses_overlap: bool = False  # starts with ``overlap``, and follows what whole steps are predicted to take
-
-
 def lanes_for(device: torch.device) -> Lanes:
     """Streams and a worker on an accelerator; for parameters on the CPU, everything at once and in order."""
     return inline_lanes() if device.type == "cpu" else accelerator_lanes(device)
-
-
-def _wait_for_copies(*lanes: Lane) -> None:
-    for lane in lanes:
-        lane.mark().synchronize()
-
-
-def _let_land(process: int, conductor: Conductor, hooks: Sequence[RemovableHandle], *copies: Lane) -> None:
-    """Keep what is in flight alive until it is done. Nobody is left to hear of an update that fails now."""
-    if process != os.getpid():
-        return  # in a fork: nothing of it is in flight here
-    for hook in hooks:
-        hook.remove()
-
-    def land() -> None:
-        with contextlib.suppress(Exception):
-            conductor.finish()
-        _wait_for_copies(*copies)
-
-    if conductor.in_flight:  # a thread of its own: garbage may be collected in one that the update waits for
-        threading.Thread(target=land, name="offload-landing").start()
-    else:
-        _wait_for_copies(*copies)
 
 
 def _tensors_of(updates: Iterable[SliceUpdate]) -> Iterator[Tensor]:
@@ -127,12 +89,14 @@ class Runtime:
         self._copier: Copier | None = None  # of a snapshot that may not have copied everything yet
         with_gradients = options.overlap == "backward"
         self._early = EarlyTransfers(self.lanes, self.pool, self.actions, with_gradients=with_gradients)
+        self._arrived_in_open_step: Callable[[int, int], None] | None = None
+        self._plan_in_backward: Plan | None = None  # the last one that was checked
         self._hooks: list[RemovableHandle] = []
         self._conductor = Conductor(self.lanes.compute, self.accelerator, weakref.WeakMethod(self.mark_broken))
         # Pinned memory and slots may go back only when no copy uses them; at exit the device's own teardown waits.
         # Not the host lane: the traceback of a failed update, which it keeps, would keep this runtime.
         copies = (self.lanes.h2d, self.lanes.d2h)
-        landing = weakref.finalize(self, _let_land, self._process, self._conductor, self._hooks, *copies)
+        landing = weakref.finalize(self, let_land, self._process, self._conductor, self._hooks, *copies)
         landing.atexit = False
 
     # ---- layout and memory
@@ -168,7 +132,7 @@ class Runtime:
         self.synchronize()
         added_actions: list[AdamSubgroup] = []
         try:
-            homes = allocate_buffers(self.pool, wanted.homes, subgroups, self._streams())
+            homes = self._allocate_buffers(wanted.homes, subgroups)
             missing = [i for i, item in enumerate(packed) if item.state is None]
             homes, states = allocate_states(
                 self.pool, homes, [added[i] for i in missing], [layouts[i] for i in missing]
@@ -187,7 +151,7 @@ class Runtime:
             added_actions.clear()
             for subgroup in added:
                 subgroup.actions = None
-            allocate_buffers(self.pool, self.homes, self.subgroups, self._streams())
+            self._allocate_buffers(self.homes, self.subgroups)
             raise
         newly_ringed = homes.ringed - self.homes.ringed
         self._claim = Claim.of(homes, subgroups, self.accelerator)
@@ -217,6 +181,12 @@ class Runtime:
         plan = fixed if controller is None else controller.first_plan
         self._check_plan(plan, subgroups, homes)
         return plan, controller
+
+    def _allocate_buffers(self, homes: Homes, subgroups: Sequence[Subgroup]) -> Homes:
+        """Returns what the system gave."""
+        given = allocate_buffers(self.pool, homes, subgroups, self._streams())
+        self.lanes.h2d.wait(self.lanes.compute.mark())  # which may have yet to let go of a slot's memory
+        return given
 
     def _streams(self) -> list[torch.Stream]:
         return [lane.stream for lane in (self.lanes.h2d, self.lanes.d2h) if isinstance(lane, StreamLane)]
@@ -432,9 +402,75 @@ class Runtime:
         """Host memory that a snapshot holds now."""
         return 0 if self._copier is None else self._copier.held_bytes
 
-    def _accumulated(self, index: int) -> None:
+    # ---- a step that begins in backward
+
+    def open_step(
+        self, order: Sequence[int], arrived: Callable[[int, int], None], settled: Callable[[int], None]
+    ) -> bool:
+        """Begin a step before its gradients are there, to be followed by :meth:`begin_subgroup` for each subgroup.
+
+        Args:
+            order: in which gradients are expected to become final.
+            arrived: called in backward, after each accumulation, with the indices of the subgroup and of the parameter
+                in it.
+            settled: as in :meth:`step`.
+
+        Returns:
+            Whether it did: not if nothing is to run beside backward, or the next step is to be measured.
+        """
+        self.finish()
+        self._go_on_without_lost_slots()
+        if self.options.overlap == "none" or self._will_be_timed:
+            return False
+        self._begin_step_beside_copies({}, waits=True)
+        plan = in_order_of(self._plan, list(order))
+        if plan != self._plan_in_backward:
+            check_ordering_in_backward([plan, plan], self.subgroups)
+            self._plan_in_backward = plan
+        begun = [op for op in self._early.take(plan) if op.kind is OpKind.PREFETCH]
+        self._arrived_in_open_step = arrived
+        self._conductor.open(
+            plan,
+            self.subgroups,
+            self.pool.slots,
+            self.pool.stagings,
+            self.lanes,
+            partial(_settle, self.actions, settled),
+            begun=begun,
+        )
+        return True
+
+    def begin_subgroup(self, index: int, updates: Sequence[SliceUpdate]) -> None:
+        """Let the update of one subgroup follow what the compute lane was given so far; ``updates`` may be empty."""
+        self.actions[index].begin_step(updates)
+        self._conductor.begin(index, _tensors_of(updates))
+
+    def close_step(self) -> None:
+        """Every subgroup was begun. Parameters and gradients are pending from here on, as after :meth:`step`."""
+        self._arrived_in_open_step = None
+        self._idle_since_s = None
+        self._conductor.close()
+        self._num_steps += 1
+
+    def cancel_step(self, error: BaseException | None) -> None:
+        """Give up an open step; ``error`` is what broke it if some of it was begun, None if nothing was."""
+        self._arrived_in_open_step = None
+        self._conductor.cancel()
+        for actions in self.actions:
+            actions.end_step()
+        if error is not None:
+            self.mark_broken(error)
+        else:
+            self.lanes.synchronize()  # of states that came up for nothing
+
+    # ---- gradients
+
+    def _accumulated(self, index: int, position: int) -> None:
         """By autograd, in one of its threads."""
-        self.gradient_arrived(index, in_autograd=True)
+        if self._arrived_in_open_step is not None:
+            self._arrived_in_open_step(index, position)
+        else:
+            self.gradient_arrived(index, in_autograd=True)
 
     def gradient_arrived(self, index: int, *, in_autograd: bool = False) -> None:
         """A gradient of subgroup ``index`` was accumulated: begin what of the next update may begin during backward.
@@ -442,8 +478,7 @@ class Runtime:
         For parameters that autograd accumulates into this is called by itself. Others call it on the stream that wrote
         the gradient, and :meth:`before_gradient` before they write to it.
         """
-        will_be_timed = self.time_next_step or (self.controller is not None and self.controller.wants(self._num_steps))
-        if self._broken is None and not will_be_timed:
+        if self._broken is None and not self._will_be_timed:
             self._conductor.finish()
             self._go_on_without_lost_slots()
             self._early.arrived(self.subgroups[index], self._plan, self.subgroups, in_autograd=in_autograd)
@@ -456,6 +491,12 @@ class Runtime:
     def in_flight(self) -> bool:
         """Whether an overlapped step was begun and not finished."""
         return self._conductor.in_flight
+
+    @property
+    def _will_be_timed(self) -> bool:
+        return self.time_next_step or (self.controller is not None and self.controller.wants(self._num_steps))
+
+    # ---- order and errors
 
     def finish(self) -> None:
         """Settle what an overlapped step left pending, on the current stream, and return when it is all enqueued."""

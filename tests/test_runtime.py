@@ -18,10 +18,11 @@ from offload.homes import Homes
 from offload.kernels import AdamScalars, adam_step
 from offload.layout import Packed, pack
 from offload.memory import Claim
+from offload.options import Options
 from offload.plan import Placement, Plan, PlanError, lower
 from offload.policy import Policy, Static
 from offload.pool import BudgetError, Budgets, Pool
-from offload.runtime import Options, Runtime, lanes_for
+from offload.runtime import Runtime, lanes_for
 
 HOST, DEVICE, RESIDENT = Placement.HOST, Placement.DEVICE, Placement.RESIDENT
 NO_LIMITS = Budgets()

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from offload.arguments import parse_options
+from offload.options import Options
 from offload.policy import OVERLAPS, Static, Stride, parse_policy
-from offload.runtime import Options
 
 logger = logging.getLogger("offload")
 

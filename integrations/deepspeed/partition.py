@@ -15,10 +15,11 @@ from offload.adam import ParamSlice, SliceUpdate, flat
 from offload.explain import explain
 from offload.kernels import AdamScalars
 from offload.layout import Packed
+from offload.options import Options
 from offload.plan import Plan
 from offload.policy import Static
 from offload.pool import MemoryBill
-from offload.runtime import Options, Runtime
+from offload.runtime import Runtime
 from offload.subgroup import FLOAT32_BYTES
 
 STATE_ROWS = ("master", "exp_avg", "exp_avg_sq")

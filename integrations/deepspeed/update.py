@@ -9,8 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from offload.options import Options
 from offload.pending import make_pending, make_plain
-from offload.runtime import Options
 
 from .adam_groups import check_group, is_decoupled, scalars_at, state_entries
 from .partition import Alias, FlatPartition
