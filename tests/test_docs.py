@@ -54,8 +54,11 @@ def reader(device: str) -> dict[str, Any]:
     optimizer = offload.AdamW(model.parameters())
     inputs = torch.randn(2, 64, device=device, dtype=torch.bfloat16)
 
+    def loss_of(batch: torch.Tensor) -> torch.Tensor:
+        return model(batch).square().mean()
+
     def train_one_step() -> None:
-        model(inputs).square().mean().backward()
+        loss_of(inputs).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -63,7 +66,9 @@ def reader(device: str) -> dict[str, Any]:
     subgroups = equal_subgroups(7_000_000_000, 150_000_000, param_itemsize=2)
     return {
         "torch": torch, "nn": nn, "pytest": pytest, "offload": offload, "model": model, "optimizer": optimizer,
-        "params": model.parameters(), "inputs": {"x": inputs}, "train_one_step": train_one_step,
+        "params": model.parameters(), "inputs": {"x": inputs}, "train_one_step": train_one_step, "step": 1,
+        "loss_of": loss_of, "micro_batches": [inputs, inputs],
+        "scheduler": torch.optim.lr_scheduler.ConstantLR(optimizer),
         "subgroups": subgroups, "plan": offload.lower([host] * len(subgroups), num_slots=0, num_staging=2),
     }  # fmt: skip
 
