@@ -149,7 +149,7 @@ def run(config: dict[str, Any], group: Path | None, factor: float, *, items: tup
     if group is not None:
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         used = int((group / "memory.usage_in_bytes").read_text())
-        used -= int(stat["total_inactive_file"]) + int(stat["total_active_file"])
+        used -= int(stat["total_inactive_file"]) + int(stat["total_active_file"]) - int(stat["total_mapped_file"])
         limit = used + process.peak_before - before["VmRSS"] + int(factor * sum(process.bill[item] for item in items))
         (group / "memory.limit_in_bytes").write_text(str(limit))
     process.forget_peak()

@@ -110,20 +110,22 @@ def _memory_mounts(proc: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _group_v2(folder: Path) -> Iterator[MemoryLimit]:
-    yield from _group(folder, "memory.max", "memory.current", ("inactive_file", "active_file"))
+    yield from _group(folder, "memory.max", "memory.current", ("inactive_file", "active_file", "file_mapped"))
 
 
 def _group_v1(folder: Path) -> Iterator[MemoryLimit]:
-    cache = ("total_inactive_file", "total_active_file")
+    cache = ("total_inactive_file", "total_active_file", "total_mapped_file")
     yield from _group(folder, "memory.limit_in_bytes", "memory.usage_in_bytes", cache)
 
 
-def _group(folder: Path, limit_file: str, usage_file: str, cache: tuple[str, ...]) -> Iterator[MemoryLimit]:
+def _group(folder: Path, limit_file: str, usage_file: str, cache: tuple[str, str, str]) -> Iterator[MemoryLimit]:
+    """Page cache can be had back, but for what of it is mapped: the code of the libraries that run."""
     limit_text, usage_text = _text(folder / limit_file).strip(), _text(folder / usage_file).strip()
     if not limit_text.isdecimal() or not usage_text.isdecimal() or int(limit_text) >= _NO_LIMIT_BYTES:
         return  # "max", the root group, or a group that this mount does not show
     stat = dict(line.split()[:2] for line in _lines(folder / "memory.stat") if len(line.split()) == 2)
-    used_bytes = int(usage_text) - sum(int(stat.get(name, 0)) for name in cache)
+    inactive, active, mapped = (int(stat.get(name, 0)) for name in cache)
+    used_bytes = int(usage_text) - max(0, inactive + active - mapped)
     name = f"the memory limit of control group {folder}"
     free_bytes = max(0, int(limit_text) - used_bytes)
     yield MemoryLimit(name, int(limit_text), free_bytes, True, "raise it (docker run --memory, systemd MemoryMax)")

@@ -46,21 +46,21 @@ def test_control_group_v2_and_those_above_it(proc: Path) -> None:
     mount = proc / "cgroup"
     (proc / "self/cgroup").write_text("0::/job/step\n")
     (proc / "self/mountinfo").write_text(f"30 23 0:26 / {mount} rw,nosuid - cgroup2 cgroup2 rw,nsdelegate\n")
-    cache = "anon 5\ninactive_file 700\nactive_file 300\n"
+    cache = "anon 5\ninactive_file 700\nactive_file 300\nfile_mapped 100\n"
     put_group(mount / "job/step", {"memory.max": "max\n", "memory.current": "9000\n", "memory.stat": cache})
     (mount / "job/memory.max").write_text("20000\n")
     (mount / "job/memory.current").write_text("9000\n")
     (mount / "job/memory.stat").write_text(cache)
     (group,) = (limit for limit in host_limits(proc) if "control group" in limit.name)
     assert group.name.endswith("cgroup/job")
-    assert (group.total_bytes, group.free_bytes) == (20000, 20000 - (9000 - 1000)), "page cache can be had back"
+    assert (group.total_bytes, group.free_bytes) == (20000, 20000 - (9000 - 900)), "page cache can be had back"
 
 
 def test_control_group_v1(proc: Path) -> None:
     mount = proc / "memory"
     (proc / "self/cgroup").write_text("5:cpu:/x\n4:memory:/docker/abc\n0::/\n")
     (proc / "self/mountinfo").write_text(f"35 31 0:31 /docker/abc {mount} ro - cgroup cgroup rw,memory\n")
-    stat = "cache 1\ntotal_inactive_file 40\ntotal_active_file 2\n"
+    stat = "cache 1\ntotal_inactive_file 40\ntotal_active_file 5\ntotal_mapped_file 3\n"
     files = {"memory.limit_in_bytes": "1000\n", "memory.usage_in_bytes": "500\n", "memory.stat": stat}
     put_group(mount, files)  # a container shows its own group as the root
     (group,) = (limit for limit in host_limits(proc) if "control group" in limit.name)
