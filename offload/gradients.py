@@ -37,8 +37,8 @@ def total_norm(
     norm = norms[0] if len(norms) == 1 else torch.nn.utils.get_total_norm(norms, norm_type)
     if error_if_nonfinite and not torch.isfinite(norm):
         raise RuntimeError(
-            f"the total norm of order {norm_type} of the gradients is {float(norm)}, so it cannot be clipped; to scale "
-            f"by it all the same, pass error_if_nonfinite=False"
+            f"the total norm of order {norm_type} of the gradients is non-finite ({float(norm)}), so it cannot be "
+            f"clipped; to scale by it all the same, pass error_if_nonfinite=False"
         )
     return norm
 
