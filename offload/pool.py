@@ -57,6 +57,10 @@ def format_bytes(num_bytes: float) -> str:
     return f"{num_bytes:.2f} GiB"
 
 
+def _part(name: str, num_bytes: int) -> str:
+    return f", {name} {format_bytes(num_bytes)}" if num_bytes else ""
+
+
 @dataclass(frozen=True, slots=True)
 class Budgets:
     """Upper bounds in bytes on what the runtime takes beyond the user's parameters and gradients; None: no limit."""
@@ -128,13 +132,14 @@ class MemoryBill:
             ),
             (
                 "host_budget", self.host_bytes, budgets.host_bytes,
-                f"state {format_bytes(self.host_state_bytes)}, staging {format_bytes(self.staging_bytes)}, "
-                f"snapshot {format_bytes(self.snapshot_bytes)}",
+                f"state {format_bytes(self.host_state_bytes)}, staging {format_bytes(self.staging_bytes)}"
+                f"{_part('ring', self.ring_bytes)}{_part('snapshot', self.snapshot_bytes)}",
                 "raise it, lower subgroup_numel, or keep a larger resident fraction on the device",
             ),
             (
                 "pinned_budget", self.pinned_bytes, budgets.pinned_bytes,
-                f"state {format_bytes(self.pinned_state_bytes)}, staging {format_bytes(self.staging_bytes)}",
+                f"state {format_bytes(self.pinned_state_bytes)}, staging {format_bytes(self.staging_bytes)}"
+                f"{_part('ring', self.ring_bytes)}",
                 "raise it, lower subgroup_numel, or place fewer subgroups on the device",
             ),
         ):  # fmt: skip

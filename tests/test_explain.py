@@ -25,7 +25,7 @@ def test_says_where_each_subgroup_is_updated() -> None:
         "       0         4,096  bfloat16    48.0 KiB  CPU\n"
         "       1         4,096  bfloat16    48.0 KiB  device, state streamed\n"
         "       2         4,096  bfloat16    48.0 KiB  CPU\n"
-        "memory: host state 144.0 KiB (48.0 KiB pinned), staging 32.0 KiB pinned, "
+        "memory: host state 144.0 KiB (0 B pinned), staging 32.0 KiB, "
         "device slots 96.0 KiB, resident state 0 B\n"
         "plan: D0@0 D2@1 P1@0 C0@0 G1@0 F1@0 C2@1 U0@0 U2@1"
     )
