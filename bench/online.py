@@ -13,8 +13,9 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,19 +122,21 @@ def _update_s(optimizer: offload.AdamW, plan: Plan) -> float:
     return elapsed_s(optimizer.timeline())
 
 
-def online() -> dict[str, Any]:
+def online(show: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
     """Every wrong profile on each machine: the worst and the median over the best plan's update."""
-    found = {}
+    found: dict[str, Any] = {}
     for name in PROFILES:
         machine = Machine(HardwareProfile.load(name))
         for seed in SEEDS:
             runs = [machine.run(factors, seed) for factors in WRONG]
             ratios = sorted(run.reached_over_best for run in runs)
-            found[f"{name}, {'quiet' if seed is None else f'neighbours {seed}'}"] = {
+            key = f"{name}, {'quiet' if seed is None else f'neighbours {seed}'}"
+            found[key] = {
                 "worst_first_over_best": max(run.first_over_best for run in runs),
                 "worst_reached_over_best": ratios[-1],
                 "median_reached_over_best": ratios[len(ratios) // 2],
             }
+            show(f"{key}: {json.dumps({figure: round(value, 4) for figure, value in found[key].items()})}")
     return found
 
 
@@ -141,9 +144,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     options = parser.parse_args()
-    found = online()
-    for key, figures in found.items():
-        print(key, json.dumps({name: round(value, 4) for name, value in figures.items()}))
+    found = online(partial(print, flush=True))
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 

@@ -57,14 +57,14 @@ def profiles() -> dict[str, Any]:
     for name in HardwareProfile.names():
         profile = HardwareProfile.load(name)
         rates = Rates.from_profile(profile)
-        numels = tables.numels_of(MODEL, profile.num_ranks_per_node)
+        num_ranks = profile.num_ranks_per_node
+        numels = tables.numels_of(MODEL, num_ranks)
         subgroups = [Subgroup(i, n, 2 * n, 12 * n) for i, n in enumerate(numels)]
         decision = decide(subgroups, rates)
         homes = Homes(visitors=frozenset(range(len(subgroups))), num_slots=2, num_staging=2)
         strides_s = [predict(stride_plan(homes, len(subgroups), k), subgroups, rates).update_s for k in STRIDES]
-        artifact_s = [
-            simulate(Run(name, MODEL, "interleaved", update_stride=k), profile, tables).update for k in STRIDES
-        ]
+        runs = [Run(name, MODEL, "interleaved", update_stride=k, num_ranks=num_ranks) for k in STRIDES]
+        artifact_s = [simulate(run, profile, tables).update for run in runs]
         fixed = [lower([where] * len(subgroups), num_slots=3, num_staging=2) for where in (HOST, DEVICE)]
         fixed_s = [*strides_s, *(predict(plan, subgroups, rates).update_s for plan in fixed)]
         _, bound = best_split(Update(sum(numels)), rates)

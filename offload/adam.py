@@ -12,6 +12,8 @@ from offload.accelerators import Accelerator
 from offload.kernels import PreparedUpdate, Rounding, Scalars, State, update
 from offload.kernels.codec import join_master
 from offload.lanes import Event
+from offload.ring import PinnedRing
+from offload.shards import local
 from offload.state_layout import ADAM_FP32, StateKind, StateLayout
 from offload.subgroup import Slot, Staging
 
@@ -23,7 +25,8 @@ _NO_ROUNDING = Rounding()
 
 @dataclass(frozen=True, slots=True)
 class ParamSlice:
-    """One whole parameter within a subgroup: ``numel`` elements from ``offset`` of the flat state.
+    """One whole parameter (or this rank's shard of it) within a subgroup: ``numel`` elements from ``offset`` of the
+    flat state.
 
     ``number`` is that of its first element among all parameters of the optimizer, however they are cut.
     """
@@ -83,6 +86,7 @@ class AdamSubgroup:
         accelerator: told what the host update touches; None for parameters on the CPU.
         layout: of the slab; None: (rows, numel) float32 of Adam: master, exp_avg, exp_avg_sq and, with a fourth row,
             max_exp_avg_sq.
+        ring: what the state goes through on its way to a slot and back, where it is not pinned.
     """
 
     def __init__(
@@ -92,6 +96,7 @@ class AdamSubgroup:
         state: Tensor,
         accelerator: Accelerator | None,
         layout: StateLayout | None = None,
+        ring: PinnedRing | None = None,
     ) -> None:
         if layout is None:
             layout = StateLayout(ADAM_FP32 if state.shape[0] == 3 else _AMSGRAD_FP32, state.shape[1])
@@ -100,6 +105,7 @@ class AdamSubgroup:
         self.dtype = dtype
         self.state = state
         self._accelerator = accelerator
+        self._ring = ring
         self._updates: tuple[SliceUpdate, ...] = ()
         self._sources: tuple[Source, ...] = ()
         self._runs: tuple[_Run, ...] = ()
@@ -164,7 +170,10 @@ class AdamSubgroup:
 
     def prefetch(self, slot: Slot) -> None:
         for row, slot_row in self._copies(slot):
-            slot_row.copy_(row, non_blocking=True)
+            if self._ring is None:
+                slot_row.copy_(row, non_blocking=True)
+            else:
+                self._ring.up(row, slot_row)
 
     def update_gpu(self, slot: Slot) -> None:
         self.await_copy()
@@ -172,7 +181,10 @@ class AdamSubgroup:
 
     def flush(self, slot: Slot) -> None:
         for row, slot_row in self._copies(slot):
-            row.copy_(slot_row, non_blocking=True)
+            if self._ring is None:
+                row.copy_(slot_row, non_blocking=True)
+            else:
+                self._ring.down(slot_row, row)
 
     def update_resident(self) -> None:
         self.await_copy()
@@ -203,8 +215,8 @@ class AdamSubgroup:
 
 
 def flat(param: Tensor) -> Tensor:
-    """A flat view that shares the parameter's storage and version counter, outside autograd."""
-    return param.detach().view(-1)
+    """A flat view that shares the parameter's (its shard's) storage and version counter, outside autograd."""
+    return local(param).detach().view(-1)
 
 
 def read_master(actions: AdamSubgroup, item: ParamSlice) -> None:

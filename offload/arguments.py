@@ -5,11 +5,14 @@ from __future__ import annotations
 from os import PathLike
 from typing import Any
 
+import torch
+
 from offload.hardware import HardwareProfile
+from offload.options import Options
 from offload.perf_model import Rates
-from offload.policy import Stride, parse_overlap, parse_policy
+from offload.policy import Overlap, Stride, parse_overlap, parse_policy
 from offload.pool import Budgets, parse_bytes
-from offload.runtime import Options
+from offload.processors import ranks_on_this_node
 
 # torch's implementation switches, at the values that are true of this optimizer.
 _ACCEPTED_SWITCHES: dict[str, tuple[bool | None, ...]] = {
@@ -35,6 +38,37 @@ def check_rounding_seed(rounding_seed: object) -> int:
     if not isinstance(rounding_seed, int) or isinstance(rounding_seed, bool):
         raise TypeError(f"rounding_seed must be an int, not {rounding_seed!r}")
     return rounding_seed
+
+
+def check_update_in_backward(on_nonfinite: str, *, pending: bool) -> None:
+    """Raise unless an update may begin in backward; ``pending``: whether one did that no step ended."""
+    if pending:
+        raise RuntimeError("the last update that began in update_in_backward() was not ended: call step() after it")
+    if on_nonfinite == "skip":
+        raise ValueError(
+            "update_in_backward() cannot skip a step with on_nonfinite='skip': its update begins before every gradient "
+            "was seen; construct with on_nonfinite='error', or leave the context out"
+        )
+    if (num_ranks := num_distributed_ranks()) > 1:
+        raise ValueError(
+            f"update_in_backward() in a program of {num_ranks} ranks: gradients are reduced over ranks after backward "
+            f"has made them; leave the context out"
+        )
+
+
+def check_ranks(overlap: Overlap) -> None:
+    """Raise ValueError if gradients would go down before they were reduced over ranks."""
+    if overlap == "backward" and (num_ranks := num_distributed_ranks()) > 1:
+        raise ValueError(
+            f"overlap='backward' in a program of {num_ranks} ranks: gradients would be copied before they are reduced "
+            f"over ranks, which autograd does not see; use 'next_forward'"
+        )
+
+
+def num_distributed_ranks() -> int:
+    """Ranks of this program's default process group; 1 without one."""
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def parse_options(
@@ -81,7 +115,7 @@ def _rates_of(profile: object) -> Rates | None:
         profile = HardwareProfile.load(profile)
     if not isinstance(profile, HardwareProfile):
         raise TypeError(f"profile must be a HardwareProfile, its name or file, Rates, or None, not {profile!r}")
-    return Rates.from_profile(profile)
+    return Rates.from_profile(profile, num_ranks=ranks_on_this_node())
 
 
 def param_name(group: dict[str, Any], group_index: int, index: int) -> str:

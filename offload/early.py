@@ -2,15 +2,16 @@
 
 A gradient goes down when the last backward pass before a step has produced it. How many passes a step has is what the
 step before had; a gradient that changes after it went down (another pass, clipping in place, unscaling) goes down
-again, as far as autograd's version counter sees the change. It sees neither ``grad.data`` nor extensions nor a
-reduction over ranks, so gradients come early only where that was asked for; states may in any case.
+again, as far as autograd's version counter sees the change, which is helped where it does not
+(:mod:`offload.watched`). It sees neither ``grad.data`` nor extensions nor a reduction over ranks, so gradients come
+early only where that was asked for; states may in any case.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,8 +26,9 @@ from offload.lanes import Event, Lanes
 from offload.plan import Op, OpKind, Plan
 from offload.pool import Pool
 from offload.subgroup import Subgroup
+from offload.watched import unwatch, watch
 
-Hook = weakref.WeakMethod[Any]  # of the index of the subgroup that it is about
+Hook = weakref.WeakMethod[Any]  # of a subgroup's index and a parameter's position in it
 
 
 class EarlyTransfers:
@@ -45,10 +47,15 @@ class EarlyTransfers:
         self._num_arrived: Counter[int] = Counter()  # gradients of each subgroup since the last step
         self._num_expected: Counter[int] = Counter()  # of one step
         self._begun: dict[Op, tuple[Fingerprint, ...]] = {}  # and the gradients that went down, none for a prefetch
+        self._watched: list[Tensor] = []
         self._copied: list[Event] = []  # gradients of this backward pass
 
-    def arrived(self, subgroup: Subgroup, plan: Plan, subgroups: Sequence[Subgroup]) -> None:
-        """A gradient of ``subgroup`` was accumulated. Enqueues what can be of ``plan``, the next step's."""
+    def arrived(self, subgroup: Subgroup, plan: Plan, subgroups: Sequence[Subgroup], *, in_autograd: bool) -> None:
+        """A gradient of ``subgroup`` was accumulated. Enqueues what can be of ``plan``, the next step's.
+
+        ``in_autograd``: by autograd, in whose backward pass this is. Others call :meth:`await_copy` before they change
+        the gradient.
+        """
         is_first = not self._num_arrived
         self._num_arrived[subgroup.index] += 1
         if is_first:
@@ -57,20 +64,43 @@ class EarlyTransfers:
                     self._enqueue(op, subgroups)
         if not self._with_gradients or self._num_arrived[subgroup.index] != self._num_expected[subgroup.index]:
             return
+        grads = self._grads_now(subgroup.index)
         for op in early_operations(plan):
-            if op.kind is OpKind.GRAD_DOWN and op.subgroup == subgroup.index:
-                self._enqueue(op, subgroups, self._grads_now(subgroup.index))
-                assert subgroup.grad_on_host is not None
-                if not self._copied:
-                    # Runs when all of this backward() is done. Private to autograd, but what FSDP and DDP are built on.
-                    at_end = partial(self._gradients_may_change, self._copied)
-                    torch.autograd.Variable._execution_engine.queue_callback(at_end)
-                self._copied.append(subgroup.grad_on_host)
+            if grads and op.kind is OpKind.GRAD_DOWN and op.subgroup == subgroup.index:
+                self._enqueue(op, subgroups, grads)
+                if in_autograd:
+                    self._watch(subgroup.index)
+                    self._await_copy_at_end(subgroup)
+
+    def _await_copy_at_end(self, subgroup: Subgroup) -> None:
+        assert subgroup.grad_on_host is not None
+        if not self._copied:
+            # Runs when all of this backward() is done. Private to autograd, but what FSDP and DDP are built on.
+            at_end = partial(self._gradients_may_change, self._copied)
+            torch.autograd.Variable._execution_engine.queue_callback(at_end)
+        self._copied.append(subgroup.grad_on_host)
+
+    def await_copy(self, subgroup: Subgroup) -> None:
+        """Let what the compute lane does next to the gradient of ``subgroup`` come after its copy, if it has begun."""
+        if any(op.kind is OpKind.GRAD_DOWN and op.subgroup == subgroup.index for op in self._begun):
+            assert subgroup.grad_on_host is not None
+            self._lanes.compute.wait(subgroup.grad_on_host)
 
     def _enqueue(self, op: Op, subgroups: Sequence[Subgroup], fingerprints: tuple[Fingerprint, ...] = ()) -> None:
         slots, stagings, lanes = self._pool.slots, self._pool.stagings, self._lanes
-        enqueue_early(op, subgroups, slots, stagings, lanes, grads_ready=lanes.compute.mark())
+        try:
+            enqueue_early(op, subgroups, slots, stagings, lanes, grads_ready=lanes.compute.mark())
+        except torch.OutOfMemoryError:
+            if op.kind is not OpKind.PREFETCH:
+                raise
+            return  # nothing is lost: the step tries again, and goes on with fewer slots if it must
         self._begun[op] = fingerprints
+
+    def _watch(self, index: int) -> None:
+        grads = [grad for item in self._actions[index].slices if (grad := item.param.grad) is not None]
+        for grad in grads:
+            watch(grad)
+        self._watched += grads
 
     def _gradients_may_change(self, copied: list[Event]) -> None:
         """At the end of backward: what is done to gradients from here on comes after their copies."""
@@ -87,6 +117,9 @@ class EarlyTransfers:
 
     def take(self, plan: Plan) -> Collection[Op]:
         """The operations of ``plan`` that its update goes without. The next step starts anew."""
+        for grad in self._watched:
+            unwatch(grad)
+        self._watched = []
         can_be = set(early_operations(plan))
         for op, fingerprints in list(self._begun.items()):
             if op.kind is OpKind.GRAD_DOWN and (op not in can_be or fingerprints != self._grads_now(op.subgroup)):
@@ -107,16 +140,20 @@ class EarlyTransfers:
 
 
 def watch_gradients(index: int, params: Sequence[Tensor], arrived: Hook) -> Iterator[RemovableHandle]:
-    """Call ``arrived`` with ``index`` after each accumulation of one of these gradients, as long as it is there.
+    """Call ``arrived`` after each accumulation of one of these gradients, as long as it is there.
 
-    The garbage collector does not see what such a hook refers to: it must not lead back to the parameter.
+    It is given ``index`` and the parameter's position. The garbage collector does not see what such a hook refers to:
+    it must not lead back to the parameter.
     """
 
-    @unserializable_hook  # type: ignore[untyped-decorator]
-    def call(_: Tensor) -> None:
-        if (method := arrived()) is not None:
-            method(index)
+    def hook_of(position: int) -> Callable[[Tensor], None]:
+        @unserializable_hook  # type: ignore[untyped-decorator]
+        def call(_: Tensor) -> None:
+            if (method := arrived()) is not None:
+                method(index, position)
 
-    for param in params:
+        return call  # type: ignore[no-any-return]
+
+    for position, param in enumerate(params):
         if param.requires_grad:
-            yield param.register_post_accumulate_grad_hook(call)  # type: ignore[no-untyped-call]
+            yield param.register_post_accumulate_grad_hook(hook_of(position))  # type: ignore[no-untyped-call]

@@ -11,7 +11,7 @@ Between backward and the next forward, each wait below orders one pair of confli
   was waited for where that came down early;
 - a slot is refilled once drained, with a state that was flushed;
 - the device updates a slot once filled, and the slot is flushed once updated. Where updates have a lane of their own,
-  it follows ``backward``, which read the old parameters and made the gradients;
+  it follows ``grads_ready`` too: that part of backward read the old parameters and made the gradients;
 - the next forward reads the parameters of a subgroup once they were written. That also keeps each gradient until it
   was read, and the next backward from writing it before.
 
@@ -21,18 +21,33 @@ Lane order does the rest. Remove a wait, and `offload.ordering.find_hazards` nam
 [Note: early transfers]
 A prefetch or a gradient that is the first in its buffer needs nothing that the update does, so it may be enqueued while
 backward still runs: :func:`enqueue_early`. The update itself then goes without these operations.
+
+[Note: updates in backward]
+Where gradients are final when backward has made them (no clipping, no accumulation after it), each subgroup's update
+may follow its own gradients instead of the whole backward pass: :func:`enqueue_in_backward`. A gradient is final once
+autograd has accumulated it, and by then every layer that gives it a share has read the parameter.
+
+[Note: a slot less]
+Where the device has no memory left when a state should go into its slot, nothing was changed yet: the slot's memory is
+given back, and what has not begun takes another slot or is updated on the CPU. The bits are the same anywhere. Who owns
+the slots sees afterwards that one has no buffer any more, and plans with fewer from then on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 
+import torch
+
 from offload.lanes import Event, Lane, Lanes
 from offload.plan import Op, OpKind, Plan
+from offload.shrink import without_slot
 from offload.subgroup import Slot, Staging, Subgroup
 
 # The operations that write the parameters of a subgroup; each plan has one of them for each subgroup.
 LAST_WRITES = (OpKind.UPLOAD, OpKind.UPDATE_GPU, OpKind.UPDATE_RESIDENT)
+
+GradsReady = Callable[[Subgroup], Event]
 
 
 def run_update(
@@ -75,15 +90,55 @@ def enqueue_update(
         begun: operations that were enqueued already.
         announce: called as soon as a subgroup has its ``params_ready``.
     """
-    lanes.update.wait(backward)
     if begun:
         lanes.h2d.wait(backward)
-    for op in plan.ops:
-        if op not in begun:
-            subgroup = subgroups[op.subgroup]
-            _enqueue(op, subgroup, slots, stagings, lanes, grads_ready=backward)
-            if op.kind in LAST_WRITES:
-                announce(subgroup)
+    grads_ready: GradsReady = lambda subgroup: backward  # noqa: E731
+    enqueue_in_backward(
+        plan, subgroups, slots, stagings, lanes, grads_ready=grads_ready, begun=begun, announce=announce
+    )
+
+
+def enqueue_in_backward(
+    plan: Plan,
+    subgroups: Sequence[Subgroup],
+    slots: Sequence[Slot],
+    stagings: Sequence[Staging],
+    lanes: Lanes,
+    *,
+    grads_ready: GradsReady,
+    begun: Collection[Op] = (),
+    announce: Callable[[Subgroup], None] = lambda subgroup: None,
+) -> None:
+    """As :func:`enqueue_update`, where each subgroup follows its own gradients. See [Note: updates in backward].
+
+    Args:
+        grads_ready: gives the end of a subgroup's gradients on the compute lane. May block the calling thread until
+            backward has made them, so the plan has to take subgroups in the order in which that happens.
+    """
+    ops, lost = [op for op in plan.ops if op not in begun], set()
+    touched = {op.subgroup for op in begun}
+    for position, op in enumerate(ops):  # whose rest may be replaced below
+        subgroup = subgroups[op.subgroup]
+        try:
+            if op.kind in (OpKind.UPDATE_GPU, OpKind.UPDATE_RESIDENT):
+                lanes.update.wait(grads_ready(subgroup))
+            _enqueue(op, subgroup, slots, stagings, lanes, grads_ready=grads_ready)
+        except torch.OutOfMemoryError:
+            if op.kind is not OpKind.PREFETCH:
+                raise
+            # See [Note: a slot less].
+            assert op.buffer is not None
+            lost.add(op.buffer)
+            usable = [slot.index for slot in slots if slot.index not in lost]
+            instead = without_slot(ops, position, begun=touched, slots=usable, num_staging=len(stagings))
+            if instead is None:
+                raise
+            slots[op.buffer].buffer = None
+            ops[position + 1 :] = instead
+            continue
+        touched.add(op.subgroup)
+        if op.kind in LAST_WRITES:
+            announce(subgroup)
 
 
 def early_operations(plan: Plan) -> list[Op]:
@@ -107,7 +162,7 @@ def enqueue_early(
     grads_ready: Event,
 ) -> None:
     """Enqueue one of the :func:`early_operations`; ``grads_ready`` is the end of its gradient on the compute lane."""
-    _enqueue(op, subgroups[op.subgroup], slots, stagings, lanes, grads_ready=grads_ready)
+    _enqueue(op, subgroups[op.subgroup], slots, stagings, lanes, grads_ready=lambda subgroup: grads_ready)
 
 
 def _enqueue(
@@ -117,7 +172,7 @@ def _enqueue(
     stagings: Sequence[Staging],
     lanes: Lanes,
     *,
-    grads_ready: Event,
+    grads_ready: GradsReady,
 ) -> None:
     if op.buffer is None:
         subgroup.params_ready = lanes.update.submit(subgroup.update_resident())
@@ -129,7 +184,7 @@ def _enqueue(
     match op.kind:
         case OpKind.GRAD_DOWN:
             work = subgroup.grad_down(staging)
-            subgroup.grad_on_host = lanes.d2h.submit(work, after=(grads_ready, staging.uploaded))
+            subgroup.grad_on_host = lanes.d2h.submit(work, after=(grads_ready(subgroup), staging.uploaded))
         case OpKind.UPDATE_CPU:
             work = subgroup.update_cpu(staging)
             subgroup.updated_on_host = lanes.host.submit(work, after=(subgroup.grad_on_host,))

@@ -9,14 +9,38 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from offload.shards import is_sharded, local
+
 
 class NonFiniteGradientError(RuntimeError):
     """A gradient holds NaN or infinity. Parameters and optimizer state are as they were before the step."""
 
 
 def all_finite(grads: Sequence[Tensor]) -> bool:
-    """Whether no gradient holds NaN or infinity: one pass on the device, one wait of the host."""
-    return bool(torch.isfinite(torch.nn.utils.get_total_norm(grads, float("inf"))))
+    """Whether no gradient holds NaN or infinity on this rank: one pass on the device, one wait of the host."""
+    shards = [shard for shard in map(local, grads) if shard.numel()]
+    return bool(torch.isfinite(torch.nn.utils.get_total_norm(shards, float("inf"))))
+
+
+def total_norm(
+    grads: Sequence[Tensor], norm_type: float, error_if_nonfinite: bool = False, foreach: bool | None = None
+) -> Tensor:
+    """:func:`torch.nn.utils.get_total_norm`, over all ranks where gradients are spread over them: the same on each.
+
+    Gradients on several meshes, or on some and on none, have a norm each first.
+    """
+    by_mesh: dict[object, list[Tensor]] = {}
+    for grad in grads:
+        by_mesh.setdefault(getattr(grad, "device_mesh", None), []).append(grad)
+    norms = [torch.nn.utils.get_total_norm(group, norm_type, False, foreach) for group in by_mesh.values()]
+    norms = [norm.full_tensor() if is_sharded(norm) else norm for norm in norms]  # type: ignore[attr-defined]
+    norm = norms[0] if len(norms) == 1 else torch.nn.utils.get_total_norm(norms, norm_type)
+    if error_if_nonfinite and not torch.isfinite(norm):
+        raise RuntimeError(
+            f"the total norm of order {norm_type} of the gradients is non-finite ({float(norm)}), so it cannot be "
+            f"clipped; to scale by it all the same, pass error_if_nonfinite=False"
+        )
+    return norm
 
 
 # A gradient as it was: its memory, which goes to nobody else as long as this is held, and its version.
@@ -25,7 +49,8 @@ Fingerprint = tuple[StorageWeakRef, int]
 
 def fingerprints_of(grads: Sequence[Tensor]) -> tuple[Fingerprint, ...]:
     """Equal for the same gradients with the same values, for all that autograd's version counter sees."""
-    return tuple((StorageWeakRef(grad.untyped_storage()), grad._version) for grad in grads)  # type: ignore[no-untyped-call]
+    shards = map(local, grads)
+    return tuple((StorageWeakRef(shard.untyped_storage()), shard._version) for shard in shards)  # type: ignore[no-untyped-call]
 
 
 class PendingScale:
@@ -48,7 +73,7 @@ class PendingScale:
         """
         if not self._covers(grads):
             self.forget()
-        norm = torch.nn.utils.get_total_norm(grads, norm_type, error_if_nonfinite, foreach)
+        norm = total_norm(grads, norm_type, error_if_nonfinite, foreach)
         if self._scale is not None:
             norm = norm * self._scale.to(norm.device)
         scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)

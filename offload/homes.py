@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from offload.accelerators import Accelerator
 from offload.plan import Placement, Plan, PlanError, lower
 from offload.policy import Policy, choose_placements, choose_residents
 from offload.pool import Budgets, MemoryBill
+from offload.ring import RING_BYTES
 from offload.subgroup import Subgroup
 
 DEFAULT_NUM_SLOTS = 2  # so that one slot fills while another drains, and both link directions are busy
@@ -22,6 +24,7 @@ class Homes:
         residents: subgroups whose state lives on the device.
         visitors: subgroups whose state lives in host memory but may visit the device, so it is pinned there.
             All others live in pageable host memory and are always updated by the CPU.
+        ringed: visitors whose state could not be pinned: it passes through a ring of pinned buffers.
         num_slots: device buffers for visitors.
         num_staging: host buffers for gradients and new parameters of CPU updates.
     """
@@ -30,6 +33,7 @@ class Homes:
     visitors: frozenset[int] = frozenset()
     num_slots: int = 0
     num_staging: int = 0
+    ringed: frozenset[int] = frozenset()
 
     def slot_bytes(self, subgroups: Sequence[Subgroup]) -> int:
         """Size of one slot: the largest state that may visit."""
@@ -39,20 +43,38 @@ class Homes:
         """Size of a staging buffer's two halves, each: the largest gradient that may come down."""
         return max((s.param_bytes for s in subgroups if s.index not in self.residents), default=0)
 
-    def bill(self, subgroups: Sequence[Subgroup]) -> MemoryBill:
+    def bill(self, subgroups: Sequence[Subgroup], accelerator: Accelerator | None = None) -> MemoryBill:
+        """What all of it takes; with what pinning by ``accelerator`` rounds up to, None: to the byte."""
+        pinned = _exact if accelerator is None else accelerator.pinned_size
+        pinned_state_bytes = sum(pinned(subgroups[i].state_bytes) for i in self.visitors - self.ringed)
+        pageable = frozenset(range(len(subgroups))) - self.residents - (self.visitors - self.ringed)
         return MemoryBill(
-            host_state_bytes=sum(s.state_bytes for s in subgroups if s.index not in self.residents),
-            pinned_state_bytes=sum(subgroups[i].state_bytes for i in self.visitors),
-            staging_bytes=2 * self.num_staging * self.staging_bytes(subgroups),
+            host_state_bytes=pinned_state_bytes + sum(subgroups[i].state_bytes for i in pageable),
+            pinned_state_bytes=pinned_state_bytes,
+            staging_bytes=2 * self.num_staging * pinned(self.staging_bytes(subgroups)),
+            ring_bytes=RING_BYTES if self.ringed else 0,
             slot_bytes=self.num_slots * self.slot_bytes(subgroups),
             resident_bytes=sum(subgroups[i].state_bytes for i in self.residents),
         )
+
+    def within(self, pinnable_bytes: int, subgroups: Sequence[Subgroup], accelerator: Accelerator) -> Homes:
+        """These with as many visitors ringed, from the last, as it takes to pin no more than ``pinnable_bytes``."""
+        homes = self
+        for index in sorted(self.visitors - self.ringed, reverse=True):
+            if homes.bill(subgroups, accelerator).pinned_bytes <= pinnable_bytes:
+                break
+            homes = replace(homes, ringed=homes.ringed | {index})
+        return homes
 
     def host_only(self, subgroups: Sequence[Subgroup]) -> frozenset[int]:
         return frozenset(range(len(subgroups))) - self.residents - self.visitors
 
 
 NOTHING_SETTLED = Homes()
+
+
+def _exact(num_bytes: int) -> int:
+    return num_bytes
 
 
 def settle(
@@ -63,6 +85,7 @@ def settle(
     *,
     settled: Homes = NOTHING_SETTLED,
     num_settled: int = 0,
+    accelerator: Accelerator | None = None,
 ) -> Homes:
     """Decide for ``subgroups[num_settled:]``, without moving those that ``settled`` has decided already.
 
@@ -71,6 +94,7 @@ def settle(
 
     Args:
         num_slots: as the user asked, or None for the default.
+        accelerator: whose memory it will be; None: any, to the byte.
     """
     if isinstance(policy, Plan):
         if num_settled:
@@ -85,25 +109,31 @@ def settle(
             num_staging=policy.num_buffers(Placement.HOST),
         )
     added = subgroups[num_settled:]
-    taken = settled.bill(subgroups[:num_settled]) if num_settled else MemoryBill()
+    taken = settled.bill(subgroups[:num_settled], accelerator) if num_settled else MemoryBill()
     device_left = None if budgets.device_bytes is None else budgets.device_bytes - taken.device_bytes
     residents = settled.residents | {added[i].index for i in choose_residents(policy, added, device_left)}
     on_host = [s for s in added if s.index not in residents]
     num_staging = NUM_STAGING if policy != "device" and (on_host or settled.num_staging) else 0
-    homes = Homes(residents, settled.visitors, num_slots or DEFAULT_NUM_SLOTS, num_staging)
+    homes = Homes(residents, settled.visitors, num_slots or DEFAULT_NUM_SLOTS, num_staging, settled.ringed)
     if policy == "auto":
-        return _fill_budgets(homes, subgroups, on_host, budgets)
+        return _fill_budgets(homes, subgroups, on_host, budgets, accelerator)
     placements = choose_placements(policy, len(subgroups), residents)
     visitors = settled.visitors | {s.index for s in on_host if placements[s.index] is Placement.DEVICE}
     return replace(homes, visitors=visitors, num_slots=homes.num_slots if visitors else 0)
 
 
-def _fill_budgets(homes: Homes, subgroups: Sequence[Subgroup], on_host: Sequence[Subgroup], budgets: Budgets) -> Homes:
+def _fill_budgets(
+    homes: Homes,
+    subgroups: Sequence[Subgroup],
+    on_host: Sequence[Subgroup],
+    budgets: Budgets,
+    accelerator: Accelerator | None,
+) -> Homes:
     """Let as many host states visit the device as pinned memory holds, through as many slots as device memory holds."""
-    pinned_bytes = homes.bill(subgroups).pinned_bytes
+    pinned_bytes = homes.bill(subgroups, accelerator).pinned_bytes
     visitors = set(homes.visitors)
     for subgroup in on_host:
-        pinned_bytes += subgroup.state_bytes
+        pinned_bytes += subgroup.state_bytes if accelerator is None else accelerator.pinned_size(subgroup.state_bytes)
         if budgets.pinned_bytes is not None and pinned_bytes > budgets.pinned_bytes:
             break
         visitors.add(subgroup.index)
@@ -118,11 +148,16 @@ def _fill_budgets(homes: Homes, subgroups: Sequence[Subgroup], on_host: Sequence
 
 
 def first_plan(policy: Policy, num_subgroups: int, homes: Homes) -> Plan:
-    """The plan of the first steps; ``"auto"`` sends every other visitor to the device, to measure both sides."""
+    """The plan of the first steps; ``"auto"`` sends every other visitor to the device, to measure both sides.
+
+    One visitor among subgroups that never visit goes there too.
+    """
     if isinstance(policy, Plan):
         return policy
     placements = choose_placements(policy, num_subgroups, homes.residents)
     if policy == "auto":
-        for i in sorted(homes.visitors)[1::2]:
+        visitors = sorted(homes.visitors)
+        alone = len(visitors) == 1 and num_subgroups - len(homes.residents) > 1
+        for i in visitors if alone else visitors[1::2]:
             placements[i] = Placement.DEVICE
     return lower(placements, num_slots=homes.num_slots, num_staging=homes.num_staging)

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from offload.adam import ParamSlice
 from offload.pending import PendingTensor
+from offload.shards import is_sharded, local, spread_alike
 from offload.state_layout import StateKind
+from offload.watched import WatchedTensor
 
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEFAULT_NUM_SUBGROUPS = 24  # enough to overlap transfers with updates; more only adds launches
@@ -43,19 +45,20 @@ def check_param(param: Tensor, name: str, device: torch.device) -> None:
             f"parameter {name} is on {param.device} but this optimizer's device is {device}; "
             f"move the model to one device before constructing the optimizer, and leave it there"
         )
-    if type(param) not in (Tensor, nn.Parameter) or type(param.data) is not Tensor:
+    shard = local(param.data)
+    if (type(param) not in (Tensor, nn.Parameter) and not is_sharded(param)) or type(shard) is not Tensor:
         raise ValueError(
-            f"parameter {name} is a {type(param.data).__name__}; only plain tensors can be offloaded: construct the "
-            f"optimizer over the local tensors, or before the model is wrapped"
+            f"parameter {name} is a {type(shard).__name__}; only plain tensors and DTensors of them can be offloaded: "
+            f"construct the optimizer over the tensors inside, or before the model is wrapped"
         )
     if param.dtype not in PARAM_DTYPES:
         raise ValueError(
             f"parameter {name} has dtype {param.dtype}; supported are {', '.join(map(str, PARAM_DTYPES))}: "
             f"convert it, or give it to another optimizer"
         )
-    if param.layout is not torch.strided or not param.is_contiguous():
+    if shard.layout is not torch.strided or not shard.is_contiguous():
         raise ValueError(
-            f"parameter {name} of shape {tuple(param.shape)} is not contiguous (strides {param.stride()}); "
+            f"parameter {name} of shape {tuple(shard.shape)} is not contiguous (strides {shard.stride()}); "
             f"make it so first: param.data = param.data.contiguous()"
         )
 
@@ -68,6 +71,11 @@ def check_state_kind(kind: StateKind, param: Tensor, name: str) -> None:
             f"{name} has dtype {param.dtype}; convert the model to bfloat16, give this parameter to another optimizer, "
             f"or use state_format='fp32'"
         )
+    if kind.format == "int8" and is_sharded(param):
+        raise ValueError(
+            f"state_format='int8' keeps scales for blocks of 128 elements, which cannot be moved to another number of "
+            f"ranks, and parameter {name} is a DTensor; use state_format='bf16'"
+        )
     if "max_second" in kind.moments and kind.rounds:
         raise ValueError(
             f"amsgrad=True is not available with state_format={kind.format!r}, whose rounding would let the maximum "
@@ -75,9 +83,24 @@ def check_state_kind(kind: StateKind, param: Tensor, name: str) -> None:
         )
 
 
+def check_overlap(overlap: str, param: Tensor, name: str) -> None:
+    """Raise ValueError, naming the parameter, if its reads cannot be seen and so an update cannot run beside them."""
+    if overlap != "none" and is_sharded(param):
+        raise ValueError(
+            f"overlap={overlap!r} is not available for parameter {name}, a DTensor: FSDP2 gathers shards through "
+            "memory of its own, which cannot be made to wait; use overlap='auto' or 'none'"
+        )
+
+
 def check_grad(grad: Tensor, param: Tensor, name: str) -> None:
     """Raise if the kernels cannot take a gradient."""
-    if not isinstance(grad, PendingTensor) and type(grad) not in (Tensor, nn.Parameter):
+    if is_sharded(grad) and not spread_alike(grad, param):
+        raise RuntimeError(
+            f"the gradient of parameter {name} is a DTensor that is not spread as the parameter is: "
+            f"redistribute it to {getattr(param, 'placements', 'a plain tensor')}"
+        )
+    grad = local(grad)
+    if not isinstance(grad, (PendingTensor, WatchedTensor)) and type(grad) not in (Tensor, nn.Parameter):
         raise RuntimeError(
             f"the gradient of parameter {name} is a {type(grad).__name__}; only plain tensors are taken: "
             f"set param.grad to the local tensor"
@@ -127,11 +150,12 @@ def pack(
     """
     by_dtype: dict[torch.dtype, list[list[Tensor]]] = {}
     for param in params:
-        if param.numel() == 0:
+        numel = local(param).numel()
+        if numel == 0:
             continue
         runs = by_dtype.setdefault(param.dtype, [[]])
-        filled = sum(p.numel() for p in runs[-1])
-        if filled + param.numel() > subgroup_numel and 2 * filled >= subgroup_numel:
+        filled = sum(local(p).numel() for p in runs[-1])
+        if filled + numel > subgroup_numel and 2 * filled >= subgroup_numel:
             runs.append([])
         runs[-1].append(param)
     return [
@@ -145,6 +169,6 @@ def _slices(params: Sequence[Tensor], alignment: int, numbers: Mapping[Tensor, i
     slices, end = [], 0
     for param in params:
         offset = -(-end // alignment) * alignment
-        slices.append(ParamSlice(param, offset, param.numel(), numbers.get(param, 0)))
-        end = offset + param.numel()
+        slices.append(ParamSlice(param, offset, local(param).numel(), numbers.get(param, 0)))
+        end = offset + slices[-1].numel
     return tuple(slices)

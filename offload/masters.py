@@ -9,17 +9,20 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from offload.adam import AdamSubgroup, ParamSlice, drop_remainder, read_master
+from offload.adam import AdamSubgroup, ParamSlice, drop_remainder, flat, read_master
 from offload.kernels import State
+from offload.shards import as_shard, local
 from offload.state_entries import entry_views, load_entry
+from offload.state_layout import StateKind, StateLayout
 
+NO_SUBGROUP = -1
 _ADAM_NAMES = {"first": "exp_avg", "second": "exp_avg_sq", "max_second": "max_exp_avg_sq"}
 
 
 class ParamHome:
     """Where one parameter's state lives, and what the parameter looked like when its master last equalled it."""
 
-    __slots__ = ("_address", "_storage", "_version", "actions", "fresh", "item", "subgroup", "torch_names")
+    __slots__ = ("_address", "_storage", "_version", "actions", "entry", "fresh", "item", "subgroup", "torch_names")
 
     def __init__(
         self, subgroup: int, actions: AdamSubgroup, item: ParamSlice, torch_names: Mapping[str, str] = _ADAM_NAMES
@@ -29,6 +32,7 @@ class ParamHome:
         self.actions = actions
         self.item = item
         self.fresh = True  # its moments are zero: no step was counted since they were made
+        self.entry: dict[str, Tensor] | None = None  # of ``optimizer.state``, made of views of this
         self._version = -1
         self._address = 0
         # Weak, so that replaced memory is free to go. The address alone will not do: freed memory is given out again.
@@ -46,18 +50,18 @@ class ParamHome:
 
     @property
     def changed(self) -> bool:
-        param = self.item.param
+        param = local(self.item.param)
         return self._version != param._version or self._address != param.data_ptr() or not self._has_storage()
 
     def note_in_step(self) -> None:
         """Record that master and parameter are equal, or will be when what is enqueued has run."""
-        param = self.item.param
+        param = local(self.item.param)
         self._version, self._address = param._version, param.data_ptr()
         if not self._has_storage():
             self._storage = StorageWeakRef(param.untyped_storage())  # type: ignore[no-untyped-call]
 
     def _has_storage(self) -> bool:
-        return self._storage is not None and self._storage.cdata == self.item.param.untyped_storage()._cdata
+        return self._storage is not None and self._storage.cdata == local(self.item.param).untyped_storage()._cdata
 
     def recheck(self) -> None:
         """Compare master and parameter before the next step, whoever changed which."""
@@ -77,11 +81,13 @@ class ParamHome:
         if state.is_compact:
             drop_remainder(state)
         else:
-            state.master.copy_(self.item.param.detach().view(-1))
+            state.master.copy_(flat(self.item.param))
 
     def views(self) -> dict[str, Tensor]:
-        """The entry of ``optimizer.state``: see :mod:`offload.state_entries`."""
-        return entry_views(self.state, tuple(self.item.param.shape), self.actions.dtype, self.torch_names)
+        """The entry of ``optimizer.state``: see :mod:`offload.state_entries`. DTensors where the parameter is one."""
+        param = self.item.param
+        views = entry_views(self.state, tuple(local(param).shape), self.actions.dtype, self.torch_names)
+        return {name: as_shard(view, param) for name, view in views.items()}
 
     def load(self, saved: Mapping[str, Any]) -> None:
         """Take a saved entry, of whichever format. Nothing may be in flight."""
@@ -101,6 +107,9 @@ class MasterTable:
     def __init__(self) -> None:
         self._homes: dict[Tensor, ParamHome] = {}
 
+    def __len__(self) -> int:
+        return len(self._homes)
+
     def __contains__(self, param: Tensor) -> bool:
         return param in self._homes
 
@@ -111,6 +120,12 @@ class MasterTable:
         """Parameters of a subgroup; ``torch_names``: what torch calls the fields of their state."""
         for item in actions.slices:
             self._homes[item.param] = ParamHome(subgroup, actions, item, torch_names)
+
+    def add_empty(self, param: Tensor, kind: StateKind, torch_names: Mapping[str, str] = _ADAM_NAMES) -> None:
+        """A parameter of which this rank holds nothing: it is in no subgroup, but has an entry as on the others."""
+        layout = StateLayout(kind, 0)
+        slab = torch.empty(layout.shape, dtype=layout.dtype)
+        self.add(NO_SUBGROUP, AdamSubgroup([ParamSlice(param, 0, 0)], param.dtype, slab, None, layout), torch_names)
 
     def refresh(self, synchronize: Callable[[], None], check: Callable[[Tensor], None], *, all_: bool = False) -> None:
         """Read the masters of edited parameters (or all) again, after ``check`` accepted each and all is at rest."""

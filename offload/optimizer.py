@@ -2,54 +2,41 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
-from functools import partial
-from os import PathLike
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
 
-from offload.adam import AdamSubgroup, flat
-from offload.arguments import check_rounding_seed, param_name, parse_options
-from offload.explain import explain
+from offload.adam import SliceUpdate
+from offload.arguments import check_update_in_backward, param_name
+from offload.final_gradients import FinalGradients
 from offload.gradients import NonFiniteGradientError, PendingScale, all_finite
-from offload.hardware import HardwareProfile
-from offload.kernels.state import check_state_format
-from offload.layout import Packed, check_grad, check_param, check_state_kind, pack, resolve_subgroup_numel
-from offload.live import publish_if_asked
-from offload.masters import MasterTable
-from offload.optimizer_state import check_state, copy_entries, fill_entry, load_state, shared_entries
-from offload.perf_model import Prediction, Rates
-from offload.plan import Plan
-from offload.policy import Overlap, Policy
-from offload.pool import MemoryBill
-from offload.record import StepWatch
-from offload.rules import Rule
-from offload.runtime import Runtime
-from offload.snapshot import Snapshot, Source
-from offload.state_layout import StateKind
-from offload.timeline import Span
+from offload.kernels import Scalars
+from offload.layout import (
+    check_grad,
+)
+from offload.offloaded_state import OffloadedState
+from offload.optimizer_state import (
+    adopt_entries,
+)
+from offload.shards import true_on_all_ranks
+from offload.signals import deferred_signals
+from offload.update_in_backward import UpdateInBackward
 from offload.updates import GroupedParam, updates_by_subgroup
-from offload.verdict import diagnose, report
-
-OnNonFinite = Literal["error", "skip"]
 
 
-class OffloadedOptimizer(torch.optim.Optimizer):
+class OffloadedOptimizer(OffloadedState):
     """A torch optimizer with its state in host memory, updated on the CPU and on the accelerator as a plan says.
 
     Every placement gives the same bits. The method is that of *Deep Optimizer States* (arXiv 2410.21316). Subclasses in
     :mod:`offload.optimizers` add the hyper-parameters of their rule and pass these arguments on, keyword-only:
 
     Args:
-        params: parameters, named parameters or groups, all on one device: float32, bfloat16 or float16, contiguous.
-            The device may be the CPU: then every update is the CPU's.
+        params: parameters, named parameters or groups, all on one device: float32, bfloat16 or float16, contiguous;
+            or DTensors of such (FSDP2), whose shards each rank updates. The device may be the CPU: then every update is
+            the CPU's.
         plan: ``"auto"`` measures some steps and follows the fastest split as rates change, ``"host"`` updates all on
             the CPU, ``"device"`` streams all through the accelerator; or :class:`offload.Static`,
             :class:`offload.Stride`, an :class:`offload.Plan` or its text.
@@ -59,12 +46,13 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             model, within 2**20 and 1e8.
         num_slots: device buffers, each for one subgroup's state.
         profile: what ``plan="auto"`` believes of the machine until it has measured: a :class:`HardwareProfile`, its
-            name or file, or :class:`Rates`; None starts with a plan that measures both sides.
+            name or file, or :class:`Rates`; None starts with a plan that measures both sides. Of a profile's cores and
+            host memory a rank gets the share that LOCAL_WORLD_SIZE ranks leave it, if a launcher has set that.
         overlap: ``"next_forward"`` returns from :meth:`step` when the update has begun; whoever reads a parameter first
             waits for it (:mod:`offload.pending`). ``"none"`` returns when the next forward may be enqueued, and so does
             ``"backward"``, which brings gradients down while backward runs (:mod:`offload.early`).
-            ``"auto"`` is ``"none"`` on the CPU, where nothing would be hidden. On an accelerator it starts as
-            ``"next_forward"`` and, with ``plan="auto"``, follows what a whole step is predicted to take.
+            ``"auto"`` is ``"none"`` for DTensors, and on the CPU, where nothing would be hidden. On an accelerator it
+            starts as ``"next_forward"`` and, with ``plan="auto"``, follows what a whole step is predicted to take.
         on_nonfinite: what :meth:`step` does about NaN or infinity in a gradient: raise
             :class:`NonFiniteGradientError`, or skip the step and count it in ``num_skipped_steps``. State and
             parameters are untouched either way.
@@ -79,113 +67,11 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         offload.BudgetError: if a budget does not hold what is asked for.
     """
 
-    rule: Rule
-
-    def __init__(
-        self,
-        params: ParamsT,
-        defaults: dict[str, Any],
-        *,
-        plan: Policy | str = "auto",
-        device_budget: int | str | None = None,
-        host_budget: int | str | None = None,
-        pinned_budget: int | str | None = None,
-        subgroup_numel: int | None = None,
-        num_slots: int | None = None,
-        profile: HardwareProfile | Rates | str | None = None,
-        overlap: Overlap = "auto",
-        on_nonfinite: OnNonFinite = "error",
-        state_format: str = "fp32",
-        rounding_seed: int = 0,
-    ) -> None:
-        if on_nonfinite not in ("error", "skip"):
-            raise ValueError(f"on_nonfinite={on_nonfinite!r} is neither 'error' nor 'skip'")
-        self._options = parse_options(
-            plan=plan,
-            device_budget=device_budget,
-            host_budget=host_budget,
-            pinned_budget=pinned_budget,
-            subgroup_numel=subgroup_numel,
-            num_slots=num_slots,
-            profile=profile,
-            overlap=overlap,
-        )
-        self.state_format = check_state_format(state_format)
-        self.rounding_seed = check_rounding_seed(rounding_seed)
-        self.on_nonfinite = on_nonfinite
-        self.num_skipped_steps = 0
-        self._forget_runtime()
-        super().__init__(params, defaults)
-        self._build()
-        publish_if_asked(self)
-
-    # ---- construction
-
     def _forget_runtime(self) -> None:
-        self._runtime: Runtime | None = None
-        self._step_watch: StepWatch | None = None
-        self._snapshot: Snapshot | None = None
-        self._masters = MasterTable()
+        super()._forget_runtime()
         self._grad_scale = PendingScale()
-
-    def _build(self) -> None:
-        params = [p for group in self.param_groups for p in group["params"]]
-        trainable = [p for p in params if p.requires_grad] or params
-        device, options = trainable[0].device if trainable else torch.device("cpu"), self._options
-        if device.type == "cpu" and options.policy == "auto":
-            options = replace(options, policy="host", rates=None)
-        if options.overlap == "auto":
-            hides = device.type != "cpu"
-            options = replace(options, overlap="next_forward" if hides else "none", chooses_overlap=hides)
-        total_numel = sum(p.numel() for p in params if p.requires_grad)
-        self._subgroup_numel = resolve_subgroup_numel(options.subgroup_numel, total_numel)
-        self._runtime = Runtime(device, options)
-        self._add_to_runtime(range(len(self.param_groups)))
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group, as in torch; its state is allocated at once, within the budgets."""
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        try:
-            self.rule.scalars(group, step=1)  # refuses hyper-parameters out of range
-            if self._runtime is not None:
-                self._add_to_runtime([len(self.param_groups) - 1])
-        except BaseException:
-            self.param_groups.pop()
-            raise
-
-    def _add_to_runtime(self, group_indices: Iterable[int]) -> None:
-        """Allocate state for the trainable parameters of these groups that have none yet, after checking them all."""
-        packed: dict[StateKind, list[Packed]] = {}
-        numbers = self._numbers()
-        for index in group_indices:
-            group, params = self.param_groups[index], []
-            kind = StateKind(self.state_format, self.rule.moments(group))
-            for i, param in enumerate(group["params"]):
-                if (param.requires_grad or param.grad is not None) and param not in self._masters:
-                    check_param(param, param_name(group, index, i), self.runtime.device)
-                    check_state_kind(kind, param, param_name(group, index, i))
-                    params.append(param)
-            packed.setdefault(kind, []).extend(
-                pack(index, params, self._subgroup_numel, alignment=kind.alignment, numbers=numbers)
-            )
-        for kind, subgroups in packed.items():
-            first = len(self.runtime.subgroups)
-            for i, actions in enumerate(self.runtime.add(subgroups, kind)):
-                self._masters.add(first + i, actions, self.rule.torch_names)
-        self._refresh_masters()
-
-    def _numbers(self) -> dict[Tensor, int]:
-        """Of each parameter's first element, numbering all groups through: what its random bits are drawn by."""
-        params = [param for group in self.param_groups for param in group["params"]]
-        ends = itertools.accumulate(param.numel() for param in params)
-        return {param: end - param.numel() for param, end in zip(params, ends, strict=True)}
-
-    @property
-    def runtime(self) -> Runtime:
-        """The runtime underneath: subgroups, plan, bill and lanes."""
-        assert self._runtime is not None
-        return self._runtime
+        self._in_backward: UpdateInBackward | None = None
+        self._final_gradients = FinalGradients()
 
     # ---- the step
 
@@ -202,6 +88,8 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self.runtime.check_usable()
         if self._snapshot is not None:
             self._snapshot.raise_unheard()
+        if self._in_backward is not None and self._end_update_in_backward(closure):
+            return None
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -212,14 +100,24 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             warnings.warn("step() found no gradients, so it changed nothing: was backward() called?", stacklevel=4)
             return loss
         grads = [param.grad for _, param in params if param.grad is not None]
-        if not all_finite(grads):
+        if not true_on_all_ranks(all_finite(grads), grads):
             self._refuse_nonfinite(params)
             return loss
+        adopt_entries((param for _, param in params), self.state, self._masters, self.synchronize, self.rule.name)
         self._refresh_masters()
-        self._run(params, self._grad_scale.value(grads))
+        with deferred_signals():  # a step is taken whole, or not at all
+            self._run(params, self._grad_scale.value(grads))
         return loss
 
     def _run(self, params: Sequence[GroupedParam], grad_scale: float) -> None:
+        updates = self._updates(params, grad_scale)
+        self._grad_scale.forget()
+        params_of = {index: [update.slice.param for update in group] for index, group in updates.items()}
+        masters = self._masters  # not self: an update in flight must not keep the optimizer
+        self.runtime.step(updates, lambda index: masters.note_in_step(params_of[index]))
+
+    def _updates(self, params: Sequence[GroupedParam], grad_scale: float) -> dict[int, list[SliceUpdate]]:
+        """What this step does to ``params``, by subgroup. Counts the step."""
         updates = updates_by_subgroup(
             params,
             self._masters,
@@ -228,12 +126,9 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             grad_scale=grad_scale,
             rounding_seed=self.rounding_seed,
         )
-        self._grad_scale.forget()
         for _, param in params:
             self._count_step(param)
-        masters = self._masters  # not self: an update in flight must not keep the optimizer
-        params_of = {index: [update.slice.param for update in group] for index, group in updates.items()}
-        self.runtime.step(updates, lambda index: masters.note_in_step(params_of[index]))
+        return updates
 
     def _count_step(self, param: Tensor) -> None:
         """Count one more step of ``param`` in its entry of ``self.state``, which is made at its first step."""
@@ -243,7 +138,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
                 self.synchronize()
                 home.restart()
             entry.update(step=torch.tensor(0.0), **home.views())
-            home.fresh = False
+            home.entry, home.fresh = entry, False
         entry["step"] += 1
 
     def _params_with_grad(self) -> list[GroupedParam]:
@@ -253,39 +148,96 @@ class OffloadedOptimizer(torch.optim.Optimizer):
                 if param.grad is not None and param.numel():
                     check_grad(param.grad, param, param_name(group, index, i))
                     found.append((group, param))
-        if any(param not in self._masters for _, param in found):  # frozen when this was constructed, trained now
-            self._add_to_runtime(range(len(self.param_groups)))
+        if any(param not in self._masters for _, param in found):
+            self._follow_params()
         return found
-
-    def refresh_masters(self) -> None:
-        """Take over every parameter's present value.
-
-        Needed only after edits through ``param.data``, which autograd's version counter does not see; all others
-        (``param.copy_``, ``model.load_state_dict``, ...) are taken over by the next step.
-        """
-        self._refresh_masters(all_=True)
-
-    def _refresh_masters(self, *, all_: bool = False) -> None:
-        self._masters.refresh(self.synchronize, self._check_param, all_=all_)
-
-    def _check_param(self, param: Tensor) -> None:
-        name, home = self._name_of(param), self._masters[param]
-        check_param(param, name, self.runtime.device)
-        if (param.dtype, param.numel()) != (home.actions.dtype, home.item.numel):
-            raise ValueError(
-                f"parameter {name} had {home.item.numel} elements of {home.actions.dtype} and now has {param.numel()} "
-                f"of {param.dtype}; construct the optimizer after such a change of the model"
-            )
 
     def _refuse_nonfinite(self, params: Sequence[GroupedParam]) -> None:
         if self.on_nonfinite == "skip":
             self.num_skipped_steps += 1
             return
         bad = [self._name_of(p) for _, p in params if p.grad is not None and not all_finite([p.grad])]
+        first = ", ".join(bad[:3]) or "in another rank's shards"
         raise NonFiniteGradientError(
-            f"{len(bad)} of {len(params)} gradients hold NaN or infinity, first: {', '.join(bad[:3])}; nothing was "
-            f"changed. Lower the learning rate or the loss scale, or construct with on_nonfinite='skip'"
+            f"{len(bad)} of {len(params)} gradients hold NaN or infinity, first: {first}; nothing was changed. "
+            f"Lower the learning rate or the loss scale, or construct with on_nonfinite='skip'"
         )
+
+    # ---- the step that begins in backward
+
+    @contextmanager
+    def update_in_backward(self) -> Iterator[None]:
+        """Let the update begin in the backward pass within: its gradients are final, and nothing will clip them.
+
+        ::
+
+            with optimizer.update_in_backward():
+                loss.backward()
+            optimizer.step()
+
+        Each subgroup is updated once backward has made its gradients, with the hyper-parameters of that moment;
+        :meth:`step` ends the step. For accumulation, only the last micro-batch's backward belongs in here. Not together
+        with ``GradScaler``, or with gradients that are reduced over ranks afterwards. The first such step, and steps
+        that are measured, update after backward; so does every step with ``overlap="none"``.
+
+        Raises:
+            RuntimeError: here, if the last such step was not ended by :meth:`step`; within, where a parameter is read
+                after its update has begun, or a gradient is added to one that was used; later, in
+                :meth:`clip_grad_norm_`; and in :meth:`step`, if gradients or hyper-parameters were changed after the
+                update had read them. That step is done then, without the change.
+            NonFiniteGradientError: in :meth:`step`. As the update has begun by then, this one breaks the optimizer; so
+                does an error in backward after the first update began.
+            ValueError: with ``on_nonfinite="skip"``, and in a program of several ranks.
+        """
+        check_update_in_backward(self.on_nonfinite, pending=self._in_backward is not None)
+        self.runtime.finish()
+        self._grad_scale.forget()
+        params = [param for group in self.param_groups for param in group["params"]]
+        if any(p.requires_grad and p.numel() and p not in self._masters for p in params):  # frozen at construction
+            self._follow_params()
+        adopt_entries(params, self.state, self._masters, self.synchronize, self.rule.name)
+        self._refresh_masters()
+        named = {
+            param: (group, param_name(group, index, i))
+            for index, group in enumerate(self.param_groups)
+            for i, param in enumerate(group["params"])
+        }
+        params_of = [[item.param for item in actions.slices] for actions in self.runtime.actions]
+        masters = self._masters
+
+        def updates_of(index: int) -> Sequence[SliceUpdate]:
+            params = [param for param in params_of[index] if param in named and param.grad is not None]
+            for param in params:
+                assert param.grad is not None
+                check_grad(param.grad, param, named[param][1])
+            if any(masters[param].changed for param in params):
+                raise RuntimeError("a parameter was edited within update_in_backward(): edit it before")
+            return self._updates([(named[param][0], param) for param in params], 1.0).get(index, [])
+
+        settled: Callable[[int], None] = lambda index: masters.note_in_step(params_of[index])  # noqa: E731
+        self._in_backward = update = UpdateInBackward(self.runtime, updates_of, settled, self._final_gradients)
+        try:
+            yield
+            update.close()
+        except BaseException as error:
+            self._in_backward = None
+            update.cancel(error)
+            raise
+
+    def _end_update_in_backward(self, closure: object) -> bool:
+        """Whether the step is done: not if it was not to begin in backward."""
+        update, self._in_backward = self._in_backward, None
+        assert update is not None
+        if closure is not None:
+            raise ValueError("step(closure) after update_in_backward(): the closure would run another backward pass")
+        if update.runs_in_backward:
+            update.end(self._params_with_grad(), self._scalars_now, self._name_of)
+        return update.runs_in_backward
+
+    def _scalars_now(self, grouped: GroupedParam) -> Scalars:
+        """Of the step that was counted last."""
+        group, param = grouped
+        return self.rule.scalars(group, step=int(self.state[param]["step"]))
 
     # ---- gradients
 
@@ -298,6 +250,11 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         Returns torch's total norm, bit for bit, wherever subgroups are updated. The coefficient is multiplied in
         float32 inside the update instead of in a pass of its own, so ``param.grad`` keeps its values.
         """
+        if self._in_backward is not None:
+            raise RuntimeError(
+                "clip_grad_norm_ after update_in_backward(): the update has begun without the coefficient, which needs "
+                "every gradient first; call step() to end this step, and leave the context out where you clip"
+            )
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None and p.numel()]
         return self._grad_scale.clip(grads, max_norm, norm_type, error_if_nonfinite, foreach)
 
@@ -305,175 +262,3 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         """As torch's; also forgets a clip coefficient that no step has used."""
         self._grad_scale.forget()
         super().zero_grad(set_to_none)
-
-    # ---- state
-
-    def state_dict(self) -> dict[str, Any]:
-        """State in the schema of torch's optimizer, as tensors that share memory with this one: nothing is copied.
-
-        Parameters that are not float32 have one entry more, ``master``: their float32 values. State in another format
-        than fp32 has names of its own, see :mod:`offload.state_entries`. Its masters are whole only together with the
-        parameters, so save the model with it.
-        """
-        self.synchronize()
-        state_dict = super().state_dict()
-        state_dict["state"] = shared_entries(state_dict["state"])
-        return state_dict
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load state saved by this class under any plan, budgets and format, or by torch's class of that name.
-
-        From the same format every bit is taken. Into another, load the model first: half of each master may be there.
-
-        Raises:
-            ValueError: if the state is another model's; nothing is loaded then.
-        """
-        self.synchronize()
-        state_dict = state_dict.copy()  # as torch does: hooks may set keys without changing the caller's
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            changed = hook(self, state_dict)
-            state_dict = state_dict if changed is None else changed
-        params = self.check_state_dict(state_dict)
-        self._refresh_masters()
-        try:
-            load_state(self.param_groups, self.state, self._masters, state_dict, params)
-        except BaseException as error:
-            self.runtime.mark_broken(error)
-            raise
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
-
-    def check_state_dict(self, state_dict: dict[str, Any]) -> dict[int, Tensor]:
-        """Raise ValueError where :meth:`load_state_dict` would. Returns the parameters by the state's indices."""
-        return check_state(self.param_groups, self._masters, state_dict, self.rule.name)
-
-    def begin_snapshot(self, path: str, copy_bytes: int | None) -> Snapshot:
-        """Start to copy state and parameters as they are now, for ``offload.save`` to write them to ``path``.
-
-        Raises:
-            BudgetError: if the host budget does not hold the copies.
-        """
-        self.finish_snapshot()
-        self.synchronize()
-        self._refresh_masters()
-        sources = {
-            index: Source(actions.state, [flat(item.param) for item in actions.slices], partial(self._changed, actions))
-            for index, actions in enumerate(self.runtime.actions)
-        }
-        self._snapshot = Snapshot(path, self.runtime.begin_copies(sources, copy_bytes))
-        return self._snapshot
-
-    def finish_snapshot(self) -> None:
-        """Return when no checkpoint is being written any more. Raises what failed in it, unless that was heard of."""
-        snapshot, self._snapshot = self._snapshot, None
-        if snapshot is not None and not snapshot.is_heard:
-            snapshot.result()
-
-    def _changed(self, actions: AdamSubgroup) -> str | None:
-        params = [item.param for item in actions.slices]
-        return next((self._name_of(param) for param in params if self._masters[param].changed), None)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For pickle and deepcopy: options, groups and state; memory, streams and the worker are made anew."""
-        self.synchronize()
-        return {
-            "defaults": self.defaults,
-            "param_groups": self.param_groups,
-            "state": copy_entries(self.state),
-            "_options": self._options,
-            "on_nonfinite": self.on_nonfinite,
-            "state_format": self.state_format,
-            "rounding_seed": self.rounding_seed,
-            "num_skipped_steps": self.num_skipped_steps,
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if "_options" not in state:  # torch's own load_state_dict path passes groups only
-            return
-        entries, self.state = self.state, defaultdict(dict)
-        self._forget_runtime()
-        self._build()
-        with torch.no_grad():
-            for param, saved in entries.items():
-                self.state[param] = fill_entry(self._masters[param], saved)
-
-    # ---- insight
-
-    @property
-    def plan(self) -> Plan:
-        """The plan of the next step."""
-        return self.runtime.plan
-
-    def set_plan(self, plan: Plan | str) -> None:
-        """Run ``plan`` (a :class:`offload.Plan` or its text) from the next step on. Bits do not depend on it.
-
-        Raises:
-            PlanError, BudgetError: if it does not fit the subgroups, or the memory taken at construction.
-        """
-        self.runtime.set_plan(Plan.parse(plan) if isinstance(plan, str) else plan)
-
-    @property
-    def bill(self) -> MemoryBill:
-        """Bytes taken beyond parameters and gradients."""
-        return replace(self.runtime.bill, snapshot_bytes=self.runtime.snapshot_bytes)
-
-    def explain(self) -> str:
-        """Which subgroup is updated where, what it costs in memory, and what the rates measured so far predict.
-
-        After a step that :meth:`time_next_step` asked for, also where its time went, what bound it and what was wrong.
-        """
-        text = explain(self.runtime)
-        if self._step_watch is None or not self._step_watch.has_run or not self.runtime.spans:
-            return text
-        return f"{text}\n{report(diagnose(self._step_watch.record(self.runtime)))}"
-
-    def save_decisions(self, path: str | PathLike[str]) -> None:
-        """Write what ``plan="auto"`` measured and decided as JSON lines, for ``offload explain``.
-
-        Raises:
-            ValueError: if nothing is decided while training: another plan, a model on the CPU, or a budget that lets no
-                state visit the device.
-        """
-        controller = self.runtime.controller
-        if controller is None:
-            raise ValueError("no decisions: only plan='auto' with states that may visit an accelerator takes any")
-        controller.save(path)
-
-    def simulate(self, machine: HardwareProfile | Rates, plan: Plan | None = None) -> Prediction:
-        """Predict one update of these subgroups on a named or measured machine, without running it."""
-        rates = machine if isinstance(machine, Rates) else Rates.from_profile(machine)
-        return self.runtime.simulate(rates, plan)
-
-    def time_next_step(self) -> None:
-        """Measure the next step for :meth:`timeline`. That step waits for every transfer before it returns."""
-        self.runtime.time_next_step = True
-        self._step_watch = StepWatch(self, self.runtime.accelerator)
-
-    def timeline(self) -> list[Span]:
-        """What ran when in the last measured step, in seconds since it began; empty if none was measured."""
-        return list(self.runtime.spans)
-
-    def save_trace(self, path: str | PathLike[str]) -> None:
-        """Write the last step that :meth:`time_next_step` asked for, for ``offload explain`` and for Perfetto.
-
-        Raises:
-            ValueError: if no step was measured so.
-        """
-        if self._step_watch is None:
-            raise ValueError("no step was measured: call time_next_step() before the forward of one")
-        self._step_watch.record(self.runtime).save(path)
-
-    def synchronize(self) -> None:
-        """Wait for everything in flight. Reading states or editing parameters behind autograd's back needs it."""
-        self.runtime.synchronize()
-
-    def _name_of(self, param: Tensor) -> str:
-        names = (
-            param_name(group, index, i)
-            for index, group in enumerate(self.param_groups)
-            for i, other in enumerate(group["params"])
-            if other is param
-        )
-        return next(names, "(in no group now)")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +12,7 @@ from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defin
 
 from offload.kernels.state import num_blocks
 from offload.masters import MasterTable, ParamHome
+from offload.shards import as_shard, local, spread_alike
 from offload.state_entries import entry_names, saved_format, value_of
 
 _Key = TypeVar("_Key")  # a parameter, or its index
@@ -60,12 +61,38 @@ def check_entry(index: int, home: ParamHome, saved: Mapping[str, Any], rule: str
                 f"{name} of parameter {index} in the state to load has shape {tuple(saved[name].shape)}, the "
                 f"parameter {shape}: the state belongs to another model"
             )
+        if not spread_alike(saved[name], home.item.param):
+            raise ValueError(
+                f"{name} of parameter {index} in the state to load is not spread over ranks as the parameter is; "
+                f"load it with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict, which reshards"
+            )
 
 
 def fill_entry(home: ParamHome, saved: Mapping[str, Any]) -> dict[str, Tensor]:
     """Copy a checked entry into a parameter's home. Returns the entry that ``optimizer.state`` is to hold."""
     home.load(saved)
-    return {"step": torch.tensor(float(value_of(saved.get("step", 1.0)))), **home.views()}
+    home.entry = {"step": torch.tensor(float(value_of(saved.get("step", 1.0)))), **home.views()}
+    return home.entry
+
+
+def adopt_entries(
+    params: Iterable[Tensor],
+    state: dict[Tensor, dict[str, Tensor]],
+    masters: MasterTable,
+    synchronize: Callable[[], None],
+    rule: str,
+) -> None:
+    """Take over entries that somebody put in the place of ours, as torch's ZeroRedundancyOptimizer loads them.
+
+    Raises:
+        ValueError: if one is no state of its parameter.
+    """
+    for index, param in enumerate(params):
+        home, entry = masters[param], state.get(param)
+        if entry and entry is not home.entry:
+            check_entry(index, home, entry, rule)
+            synchronize()
+            state[param] = fill_entry(home, entry)
 
 
 def check_state(
@@ -121,7 +148,8 @@ def shared_entries(state: Mapping[_Key, Mapping[str, Tensor]]) -> dict[_Key, dic
     A slab is one storage, of which torch.save writes all for any tensor in it, and none if it is seen in two dtypes.
     """
     return {
-        key: {name: from_dlpack(to_dlpack(value)) for name, value in entries.items()} for key, entries in state.items()
+        key: {name: as_shard(from_dlpack(to_dlpack(local(value))), value) for name, value in entries.items()}
+        for key, entries in state.items()
     }
 
 

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from offload.executor import await_params, early_operations, enqueue_early, enqueue_update, run_update
-from offload.lanes import Lanes, Work
+from offload.executor import (
+    await_params,
+    early_operations,
+    enqueue_early,
+    enqueue_in_backward,
+    enqueue_update,
+    run_update,
+)
+from offload.lanes import Event, Lanes, Work
 from offload.lanes.ordering import AccessHistory, ordering_lanes
 from offload.plan import OpKind, Placement, Plan, PlanError
 from offload.subgroup import Slot, Staging, Subgroup
@@ -48,6 +55,35 @@ def find_hazards(plans: Sequence[Plan], subgroups: Sequence[Subgroup], *, overla
     return history.hazards
 
 
+def find_hazards_in_backward(plans: Sequence[Plan], subgroups: Sequence[Subgroup]) -> list[str]:
+    """As :func:`find_hazards` where each subgroup is updated as soon as backward has made its gradients.
+
+    Backward makes them from the last subgroup to the first. ``plans`` may take them in any order: what comes before its
+    gradients waits for them.
+    """
+    subgroups = [subgroup.sizes_only() for subgroup in subgroups]
+    slots = [Slot(i) for i in range(max((plan.num_buffers(Placement.DEVICE) for plan in plans), default=0))]
+    stagings = [Staging(i) for i in range(max((plan.num_buffers(Placement.HOST) for plan in plans), default=0))]
+    history = AccessHistory()
+    lanes = ordering_lanes(history)
+    for plan in plans:
+        _submit_forward(subgroups, lanes, overlapped=True)
+        to_come, made = list(subgroups), dict[int, Event]()
+
+        def grads_ready(subgroup: Subgroup, to_come: list[Subgroup] = to_come, made: dict[int, Event] = made) -> Event:
+            while subgroup.index not in made:
+                each = to_come.pop()
+                lanes.compute.submit(Work("backward", reads=(each.param_name,), writes=(each.grad_name,)))
+                made[each.index] = lanes.compute.mark()
+            return made[subgroup.index]
+
+        enqueue_in_backward(plan, subgroups, slots, stagings, lanes, grads_ready=grads_ready)
+        for subgroup in reversed(to_come):
+            grads_ready(subgroup)
+    _submit_forward(subgroups, lanes, overlapped=True)
+    return history.hazards
+
+
 def _submit_forward(subgroups: Sequence[Subgroup], lanes: Lanes, overlapped: bool) -> None:
     """A forward pass, which waits where an update runs beside it."""
     for subgroup in subgroups:
@@ -58,5 +94,14 @@ def _submit_forward(subgroups: Sequence[Subgroup], lanes: Lanes, overlapped: boo
 
 def check_ordering(plans: Sequence[Plan], subgroups: Sequence[Subgroup], *, overlapped: bool = False) -> None:
     """Raise :class:`PlanError` if :func:`find_hazards` finds any."""
-    if hazards := find_hazards(plans, subgroups, overlapped=overlapped):
+    _refuse(find_hazards(plans, subgroups, overlapped=overlapped), plans)
+
+
+def check_ordering_in_backward(plans: Sequence[Plan], subgroups: Sequence[Subgroup]) -> None:
+    """Raise :class:`PlanError` if :func:`find_hazards_in_backward` finds any."""
+    _refuse(find_hazards_in_backward(plans, subgroups), plans)
+
+
+def _refuse(hazards: Sequence[str], plans: Sequence[Plan]) -> None:
+    if hazards:
         raise PlanError(f"{len(hazards)} conflicting accesses are unordered, first: {hazards[0]}; plan: {plans[-1]}")

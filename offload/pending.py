@@ -84,10 +84,11 @@ def make_pending(tensor: Tensor, wait: Settle) -> None:
 
     ``tensor`` is a Tensor or a Parameter: other classes have a ``__torch_function__`` of their own.
 
-    ``wait`` runs in the thread that reads and calls :func:`make_plain`.
+    ``wait`` runs in the thread that reads and calls :func:`make_plain`. It takes the place of another that is pending.
     """
     _settle_of[id(tensor)] = wait
-    tensor.__class__ = _PENDING_CLASS_OF[type(tensor)]
+    if type(tensor) not in _CLASS_OF:
+        tensor.__class__ = _PENDING_CLASS_OF[type(tensor)]
 
 
 def make_plain(tensor: Tensor) -> None:

@@ -27,6 +27,12 @@ def allowed_processors() -> frozenset[int]:
     return frozenset(range(os.cpu_count() or 1))
 
 
+def ranks_on_this_node() -> int | None:
+    """Ranks that share this node's processors and memory, as the launcher says (torchrun, deepspeed); None: unknown."""
+    text = os.environ.get("LOCAL_WORLD_SIZE")
+    return int(text) if text else None
+
+
 def parse_processors(text: str) -> frozenset[int]:
     """The numbers in a list as the kernel writes it: "0-3,8"."""
     found: set[int] = set()

@@ -72,6 +72,7 @@ class StepRecord:
             **asdict(self.homes),
             "residents": sorted(self.homes.residents),
             "visitors": sorted(self.homes.visitors),
+            "ringed": sorted(self.homes.ringed),
         }
         return {
             "spans": [asdict(span) for span in self.spans], "plan": str(self.plan), "sizes": self.sizes,
@@ -98,7 +99,9 @@ class StepRecord:
             spans=tuple(Span(**span) for span in content["spans"]),
             plan=Plan.parse(content["plan"]),
             sizes=tuple((numel, param, state) for numel, param, state in content["sizes"]),
-            homes=Homes(residents, visitors, homes["num_slots"], homes["num_staging"]),
+            homes=Homes(
+                residents, visitors, homes["num_slots"], homes["num_staging"], frozenset(homes.get("ringed", ()))
+            ),
             policy=content["policy"],
             asked_slots=content["asked_slots"],
             budgets=Budgets(**content["budgets"]),

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import threading
+import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -17,21 +16,23 @@ from torch.utils.hooks import RemovableHandle
 from offload.accelerators import accelerator_for
 from offload.adam import AdamSubgroup, SliceUpdate
 from offload.beliefs import Measurement
-from offload.conductor import Conductor
+from offload.conductor import Conductor, let_land
 from offload.controller import Controller, Decision
 from offload.early import EarlyTransfers, watch_gradients
 from offload.executor import run_update
-from offload.homes import Homes, first_plan, settle
+from offload.final_gradients import in_order_of
+from offload.homes import NUM_STAGING, Homes, first_plan
 from offload.kernels import default_implementation
-from offload.lanes import Lane, Lanes
+from offload.lanes import Lanes
 from offload.lanes.accelerator import StreamLane, accelerator_lanes
 from offload.lanes.inline import inline_lanes
 from offload.layout import Packed
-from offload.ordering import check_ordering
+from offload.memory import Claim, allocate_buffers, allocate_states, claim, warn_of_ring
+from offload.options import Options
+from offload.ordering import check_ordering, check_ordering_in_backward
 from offload.perf_model import Prediction, Rates, predict
-from offload.plan import Placement, Plan
-from offload.policy import Overlap, Policy
-from offload.pool import BudgetError, Budgets, MemoryBill, Pool, format_bytes
+from offload.plan import OpKind, Placement, Plan, lower
+from offload.pool import BudgetError, MemoryBill, Pool, format_bytes
 from offload.snapshot import DEFAULT_NUM_COPIES, Copier, Source
 from offload.state_layout import ADAM_FP32, StateKind, StateLayout
 from offload.subgroup import Subgroup
@@ -41,43 +42,9 @@ from offload.timing import StepTimer, work_of
 logger = logging.getLogger("offload")
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What the user asked for, checked."""
-
-    policy: Policy
-    budgets: Budgets
-    subgroup_numel: int | None
-    num_slots: int | None
-    rates: Rates | None = None  # believed until measured, with "auto"
-    overlap: Overlap = "none"
-    chooses_overlap: bool = False  # starts with ``overlap``, and follows what whole steps are predicted to take
-
-
 def lanes_for(device: torch.device) -> Lanes:
     """Streams and a worker on an accelerator; for parameters on the CPU, everything at once and in order."""
     return inline_lanes() if device.type == "cpu" else accelerator_lanes(device)
-
-
-def _wait_for_copies(*lanes: Lane) -> None:
-    for lane in lanes:
-        lane.mark().synchronize()
-
-
-def _let_land(conductor: Conductor, hooks: Sequence[RemovableHandle], *copies: Lane) -> None:
-    """Keep what is in flight alive until it is done. Nobody is left to hear of an update that fails now."""
-    for hook in hooks:
-        hook.remove()
-
-    def land() -> None:
-        with contextlib.suppress(Exception):
-            conductor.finish()
-        _wait_for_copies(*copies)
-
-    if conductor.in_flight:  # a thread of its own: garbage may be collected in one that the update waits for
-        threading.Thread(target=land, name="offload-landing").start()
-    else:
-        _wait_for_copies(*copies)
 
 
 def _tensors_of(updates: Iterable[SliceUpdate]) -> Iterator[Tensor]:
@@ -108,8 +75,7 @@ class Runtime:
         default_implementation(device)  # finds, compiles and tests the kernel now, not in the middle of a step
         self.subgroups: list[Subgroup] = []
         self.actions: list[AdamSubgroup] = []
-        self.homes = Homes()
-        self.bill = MemoryBill()
+        self._claim = Claim()
         self.controller: Controller | None = None  # chooses plans, with "auto"
         self.spans: list[Span] = []
         self.time_next_step = False
@@ -119,14 +85,18 @@ class Runtime:
         self._num_steps = 0
         self._idle_since_s: float | None = None  # by the host's clock, after a step that was measured
         self._broken: BaseException | None = None
+        self._process = os.getpid()
         self._copier: Copier | None = None  # of a snapshot that may not have copied everything yet
         with_gradients = options.overlap == "backward"
         self._early = EarlyTransfers(self.lanes, self.pool, self.actions, with_gradients=with_gradients)
+        self._arrived_in_open_step: Callable[[int, int], None] | None = None
+        self._plan_in_backward: Plan | None = None  # the last one that was checked
         self._hooks: list[RemovableHandle] = []
         self._conductor = Conductor(self.lanes.compute, self.accelerator, weakref.WeakMethod(self.mark_broken))
         # Pinned memory and slots may go back only when no copy uses them; at exit the device's own teardown waits.
         # Not the host lane: the traceback of a failed update, which it keeps, would keep this runtime.
-        landing = weakref.finalize(self, _let_land, self._conductor, self._hooks, self.lanes.h2d, self.lanes.d2h)
+        copies = (self.lanes.h2d, self.lanes.d2h)
+        landing = weakref.finalize(self, let_land, self._process, self._conductor, self._hooks, *copies)
         landing.atexit = False
 
     # ---- layout and memory
@@ -150,48 +120,76 @@ class Runtime:
             for i, (item, layout) in enumerate(zip(packed, layouts, strict=True))
         ]
         subgroups = [*self.subgroups, *added]
-        homes = settle(
-            options.policy, subgroups, options.budgets, options.num_slots, settled=self.homes, num_settled=num_settled
-        )
-        bill = homes.bill(subgroups)
-        bill.check(options.budgets)
-        controller = self._new_controller(subgroups, homes)
-        plan = first_plan(options.policy, len(subgroups), homes) if controller is None else controller.first_plan
-        self._check_plan(plan, subgroups, homes)
+        wanted = claim(
+            options.policy, subgroups, options.budgets, options.num_slots, self.accelerator,
+            taken=self._claim, num_settled=num_settled,
+        )  # fmt: skip
+        plan, controller = self._first_plan(subgroups, wanted.homes)
 
+        if not options.allocates:
+            self.subgroups, self._claim = subgroups, wanted
+            return []
         self.synchronize()
         added_actions: list[AdamSubgroup] = []
         try:
-            for subgroup, item, layout in zip(added, packed, layouts, strict=True):
-                state = self._new_state(subgroup, homes, layout) if item.state is None else item.state
-                subgroup.actions = AdamSubgroup(item.slices, item.dtype, state, self.accelerator, layout)
+            homes = self._allocate_buffers(wanted.homes, subgroups)
+            missing = [i for i, item in enumerate(packed) if item.state is None]
+            homes, states = allocate_states(
+                self.pool, homes, [added[i] for i in missing], [layouts[i] for i in missing]
+            )
+            given = dict(zip(missing, states, strict=True))
+            del states
+            for i, (subgroup, item, layout) in enumerate(zip(added, packed, layouts, strict=True)):
+                state = given.pop(i) if item.state is None else item.state
+                ring = self.pool.set_ring() if subgroup.index in homes.ringed else None
+                subgroup.actions = AdamSubgroup(item.slices, item.dtype, state, self.accelerator, layout, ring)
                 del state
                 added_actions.append(subgroup.actions)
-            self._set_buffers(homes, subgroups)
+            if homes != wanted.homes:  # the system gave less
+                plan, controller = self._first_plan(subgroups, homes)
         except BaseException:  # out of memory: what was there must go on working
             added_actions.clear()
             for subgroup in added:
                 subgroup.actions = None
-            self._set_buffers(self.homes, self.subgroups)
+            self._allocate_buffers(self.homes, self.subgroups)
             raise
-        self.subgroups, self.homes, self.bill, self._plan = subgroups, homes, bill, plan
-        self.controller = controller
+        newly_ringed = homes.ringed - self.homes.ringed
+        self._claim = Claim.of(homes, subgroups, self.accelerator)
+        if newly_ringed:
+            warn_of_ring(homes, subgroups, self.bill, self.pool.refused)
+        self.subgroups, self._plan, self.controller = subgroups, plan, controller
         self.actions += added_actions
         if options.overlap != "none":
-            arrived = weakref.WeakMethod(self._gradient_arrived)
+            arrived = weakref.WeakMethod(self._accumulated)
             for subgroup, actions in zip(added, added_actions, strict=True):
                 self._hooks += watch_gradients(subgroup.index, [item.param for item in actions.slices], arrived)
         return added_actions
 
-    def _new_state(self, subgroup: Subgroup, homes: Homes, layout: StateLayout) -> Tensor:
-        if subgroup.index in homes.residents:
-            return self.pool.device_state(*layout.shape, dtype=layout.dtype)
-        return self.pool.host_state(*layout.shape, pinned=subgroup.index in homes.visitors, dtype=layout.dtype)
+    @property
+    def homes(self) -> Homes:
+        """Where states live."""
+        return self._claim.homes
 
-    def _set_buffers(self, homes: Homes, subgroups: Sequence[Subgroup]) -> None:
-        streams = [lane.stream for lane in (self.lanes.h2d, self.lanes.d2h) if isinstance(lane, StreamLane)]
-        self.pool.set_slots(homes.num_slots, homes.slot_bytes(subgroups), streams)
-        self.pool.set_stagings(homes.num_staging, homes.staging_bytes(subgroups))
+    @property
+    def bill(self) -> MemoryBill:
+        """What was taken."""
+        return self._claim.bill
+
+    def _first_plan(self, subgroups: Sequence[Subgroup], homes: Homes) -> tuple[Plan, Controller | None]:
+        controller = self._new_controller(subgroups, homes)
+        fixed = first_plan(self.options.policy, len(subgroups), homes)
+        plan = fixed if controller is None else controller.first_plan
+        self._check_plan(plan, subgroups, homes)
+        return plan, controller
+
+    def _allocate_buffers(self, homes: Homes, subgroups: Sequence[Subgroup]) -> Homes:
+        """Returns what the system gave."""
+        given = allocate_buffers(self.pool, homes, subgroups, self._streams())
+        self.lanes.h2d.wait(self.lanes.compute.mark())  # which may have yet to let go of a slot's memory
+        return given
+
+    def _streams(self) -> list[torch.Stream]:
+        return [lane.stream for lane in (self.lanes.h2d, self.lanes.d2h) if isinstance(lane, StreamLane)]
 
     # ---- the plan
 
@@ -227,10 +225,16 @@ class Runtime:
             check_ordering([self._plan, plan, plan], subgroups, overlapped=overlapped)
 
     def _new_controller(self, subgroups: Sequence[Subgroup], homes: Homes) -> Controller | None:
-        """For "auto" on an accelerator. Parameters that join later start it anew, from the rates known by then."""
+        """For "auto" on an accelerator. Parameters that join later start it anew, from the rates known by then.
+
+        One subgroup alone is on one side or the other: no step measures both, so without rates there is no choice.
+        """
+        rates = self.rates or self.options.rates
         if self.options.policy != "auto" or self.accelerator is None or not homes.visitors:
             return None
-        return Controller(subgroups, homes, self.rates or self.options.rates, first_step=self._num_steps)
+        if rates is None and len(subgroups) - len(homes.residents) == 1:
+            return None
+        return Controller(subgroups, homes, rates, first_step=self._num_steps)
 
     @property
     def rates(self) -> Rates | None:
@@ -265,7 +269,10 @@ class Runtime:
     # ---- steps
 
     def step(
-        self, updates: Mapping[int, Sequence[SliceUpdate]], settled: Callable[[int], None] = lambda index: None
+        self,
+        updates: Mapping[int, Sequence[SliceUpdate]],
+        settled: Callable[[int], None] = lambda index: None,
+        pending: Mapping[int, Iterable[Tensor]] | None = None,
     ) -> None:
         """Run one step over the parameters in ``updates`` (by subgroup; a subgroup that is missing is left alone).
 
@@ -276,12 +283,15 @@ class Runtime:
 
         Args:
             settled: called with the index of each subgroup once its parameters and gradients may be used.
+            pending: by subgroup, what is pending in the place of its parameters and gradients: for a caller whose
+                tensors share memory with them. One may wait for several subgroups.
 
         Raises:
             RuntimeError: if an earlier step failed half way.
             Exception: whatever failed in a lane, with its traceback.
         """
         self.finish()
+        self._go_on_without_lost_slots()
         idle = frozenset(range(len(self.subgroups))) - updates.keys()
         # A step that leaves subgroups out says little about one that does not.
         observed = self._chooses and not idle and self.controller is not None and self.controller.wants(self._num_steps)
@@ -296,14 +306,15 @@ class Runtime:
                 self.actions[index].begin_step(subgroup_updates)
             begun = self._early.take(plan)
             if self.overlap == "next_forward" and timer is None:
-                tensors = {index: list(_tensors_of(group)) for index, group in updates.items()}
+                if pending is None:
+                    pending = {index: list(_tensors_of(group)) for index, group in updates.items()}
                 self._conductor.start(
                     plan,
                     self.subgroups,
                     self.pool.slots,
                     self.pool.stagings,
                     self.lanes,
-                    tensors,
+                    pending,
                     partial(_settle, self.actions, settled),
                     begun=begun,
                 )
@@ -323,13 +334,36 @@ class Runtime:
                 self.actions[index].end_step()
             raise
         self._num_steps += 1
-        if observed:
+        if observed and all(slot.buffer is not None for slot in self.pool.slots):
             self._observe(plan, passes_s)
 
     def _passes_s(self, timer: StepTimer | None) -> float | None:
         """What forward and backward took since the last step, if nothing of an update ran beside them: both timed."""
         since_s, self._idle_since_s = self._idle_since_s, None
         return None if timer is None or since_s is None else timer.origin_s - since_s
+
+    def _go_on_without_lost_slots(self) -> None:
+        """After [Note: a slot less] in :mod:`offload.executor`."""
+        num_slots = self.pool.drop_lost_slots()
+        if num_slots == self.homes.num_slots:
+            return
+        logger.warning(
+            "the device ran out of memory in a prefetch: %d of %d slots were given back. Training goes on, the same "
+            "bit for bit; give a device_budget that leaves the model more room",
+            self.homes.num_slots - num_slots, self.homes.num_slots,
+        )  # fmt: skip
+        homes = replace(self.homes, num_slots=num_slots)
+        if num_slots == 0 and homes.num_staging == 0:
+            homes = replace(homes, num_staging=NUM_STAGING)
+            self.pool.set_stagings(homes.num_staging, homes.staging_bytes(self.subgroups))
+        where = [
+            Placement.HOST if each is Placement.DEVICE and num_slots == 0 else each
+            for _, each in sorted(self._plan.placements.items())
+        ]
+        self._plan = lower(where, num_slots=num_slots, num_staging=homes.num_staging)
+        self._claim = Claim.of(homes, self.subgroups, self.accelerator)
+        self.controller = self._new_controller(self.subgroups, homes) if num_slots else None
+        self._check_plan(self._plan, self.subgroups, homes)
 
     def begin_copies(self, sources: Mapping[int, Source], copy_bytes: int | None) -> Copier:
         """Copy subgroups beside the next steps, see [Note: copied before it is overwritten]. Nothing is in flight.
@@ -368,12 +402,101 @@ class Runtime:
         """Host memory that a snapshot holds now."""
         return 0 if self._copier is None else self._copier.held_bytes
 
-    def _gradient_arrived(self, index: int) -> None:
-        """In backward, in a thread of autograd's."""
-        will_be_timed = self.time_next_step or (self.controller is not None and self.controller.wants(self._num_steps))
-        if self._broken is None and not will_be_timed:
+    # ---- a step that begins in backward
+
+    def open_step(
+        self, order: Sequence[int], arrived: Callable[[int, int], None], settled: Callable[[int], None]
+    ) -> bool:
+        """Begin a step before its gradients are there, to be followed by :meth:`begin_subgroup` for each subgroup.
+
+        Args:
+            order: in which gradients are expected to become final.
+            arrived: called in backward, after each accumulation, with the indices of the subgroup and of the parameter
+                in it.
+            settled: as in :meth:`step`.
+
+        Returns:
+            Whether it did: not if nothing is to run beside backward, or the next step is to be measured.
+        """
+        self.finish()
+        self._go_on_without_lost_slots()
+        if self.options.overlap == "none" or self._will_be_timed:
+            return False
+        self._begin_step_beside_copies({}, waits=True)
+        plan = in_order_of(self._plan, list(order))
+        if plan != self._plan_in_backward:
+            check_ordering_in_backward([plan, plan], self.subgroups)
+            self._plan_in_backward = plan
+        begun = [op for op in self._early.take(plan) if op.kind is OpKind.PREFETCH]
+        self._arrived_in_open_step = arrived
+        self._conductor.open(
+            plan,
+            self.subgroups,
+            self.pool.slots,
+            self.pool.stagings,
+            self.lanes,
+            partial(_settle, self.actions, settled),
+            begun=begun,
+        )
+        return True
+
+    def begin_subgroup(self, index: int, updates: Sequence[SliceUpdate]) -> None:
+        """Let the update of one subgroup follow what the compute lane was given so far; ``updates`` may be empty."""
+        self.actions[index].begin_step(updates)
+        self._conductor.begin(index, _tensors_of(updates))
+
+    def close_step(self) -> None:
+        """Every subgroup was begun. Parameters and gradients are pending from here on, as after :meth:`step`."""
+        self._arrived_in_open_step = None
+        self._idle_since_s = None
+        self._conductor.close()
+        self._num_steps += 1
+
+    def cancel_step(self, error: BaseException | None) -> None:
+        """Give up an open step; ``error`` is what broke it if some of it was begun, None if nothing was."""
+        self._arrived_in_open_step = None
+        self._conductor.cancel()
+        for actions in self.actions:
+            actions.end_step()
+        if error is not None:
+            self.mark_broken(error)
+        else:
+            self.lanes.synchronize()  # of states that came up for nothing
+
+    # ---- gradients
+
+    def _accumulated(self, index: int, position: int) -> None:
+        """By autograd, in one of its threads."""
+        if self._arrived_in_open_step is not None:
+            self._arrived_in_open_step(index, position)
+        else:
+            self.gradient_arrived(index, in_autograd=True)
+
+    def gradient_arrived(self, index: int, *, in_autograd: bool = False) -> None:
+        """A gradient of subgroup ``index`` was accumulated: begin what of the next update may begin during backward.
+
+        For parameters that autograd accumulates into this is called by itself. Others call it on the stream that wrote
+        the gradient, and :meth:`before_gradient` before they write to it.
+        """
+        if self._broken is None and not self._will_be_timed:
             self._conductor.finish()
-            self._early.arrived(self.subgroups[index], self._plan, self.subgroups)
+            self._go_on_without_lost_slots()
+            self._early.arrived(self.subgroups[index], self._plan, self.subgroups, in_autograd=in_autograd)
+
+    def before_gradient(self, index: int) -> None:
+        """Let what the current stream writes to the gradient of subgroup ``index`` come after an early copy of it."""
+        self._early.await_copy(self.subgroups[index])
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether an overlapped step was begun and not finished."""
+        return self._conductor.in_flight
+
+    @property
+    def _will_be_timed(self) -> bool:
+        return self.time_next_step or (self.controller is not None and self.controller.wants(self._num_steps))
+
+    # ---- order and errors
 
     def finish(self) -> None:
         """Settle what an overlapped step left pending, on the current stream, and return when it is all enqueued."""
@@ -390,10 +513,20 @@ class Runtime:
         self._early.forget()  # states may be written now
         if self._copier is not None:
             self._copier.wait()
-        self.lanes.synchronize()
+        try:
+            self.lanes.synchronize()
+        except Exception as error:  # an error of the device surfaces wherever it is waited for
+            self.mark_broken(error)
+            raise
 
     def check_usable(self) -> None:
-        """Raise RuntimeError if a step failed half way."""
+        """Raise RuntimeError if a step failed half way, or in a fork of the process that streams and workers are in."""
+        if self.accelerator is not None and self._process != os.getpid():
+            raise RuntimeError(
+                f"this optimizer was constructed in process {self._process}, and this is a fork of it "
+                f"({os.getpid()}): the accelerator's streams and the worker threads stayed there. Construct it after "
+                f"the fork, or start this process with the method 'spawn'"
+            )
         if self._broken is not None:
             raise RuntimeError(
                 "this optimizer is broken: an earlier step failed half way, so parameters and optimizer state may "

@@ -19,6 +19,7 @@ from torch import Tensor
 from offload.kernels import STATE_FORMATS, State
 from offload.kernels.codec import Rows, read_state, write_state
 from offload.kernels.state import row_dtypes
+from offload.shards import local
 from offload.tensor_file import StoredTensor
 
 
@@ -77,6 +78,7 @@ def load_entry(
     """
     source = saved_format(saved, moments, torch_names, state.format)
     assert source is not None
+    saved = {name: local(value) if isinstance(value, Tensor) else value for name, value in saved.items()}
     names = entry_names(source, torch_names)
     if source == state.format:
         for field, tensor in state.items():
@@ -91,7 +93,7 @@ def load_entry(
         if field == "master" or field.removesuffix("_scale") in moments
         if name in saved
     }
-    values = param.detach().reshape(-1).to(state.master.device)
+    values = local(param).detach().reshape(-1).to(state.master.device)
     has_master = "master" in tensors
     if not has_master:
         tensors["master"] = values.float()

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from offload.adam import SliceUpdate, flat
 from offload.kernels import Rounding, Scalars
-from offload.masters import MasterTable, ParamHome
+from offload.masters import NO_SUBGROUP, MasterTable, ParamHome
 from offload.rules import Rule
+from offload.shards import local
 
 GroupedParam = tuple[dict[str, Any], Tensor]
 
@@ -38,6 +39,8 @@ def updates_by_subgroup(
     cached: dict[tuple[int, int], Scalars] = {}
     for group, param in params:
         home = masters[param]
+        if home.subgroup == NO_SUBGROUP:
+            continue
         if rule.moments(group) != home.moments:
             raise ValueError(_changed_moments(group, home))
         step = 1 + int(state[param]["step"]) if state.get(param) else 1
@@ -45,7 +48,7 @@ def updates_by_subgroup(
         if key not in cached:
             cached[key] = rule.scalars(group, step=step, grad_scale=grad_scale)
         assert param.grad is not None
-        grad, rounding = param.grad.detach().reshape(-1), Rounding.at_step(rounding_seed, step, home.item.number)
+        grad, rounding = local(param.grad).detach().reshape(-1), Rounding.at_step(rounding_seed, step, home.item.number)
         updates[home.subgroup].append(SliceUpdate(home.item, grad, flat(param), cached[key], rounding))
     return dict(updates)
 

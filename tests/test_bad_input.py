@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -328,14 +329,15 @@ def test_parameters_cannot_join_a_fixed_plan() -> None:
     ],
     ids=str,
 )
-def test_budgets_too_small(plan: Any, budget: str, part: str) -> None:
+def test_budgets_too_small(sim: ModuleType, plan: Any, budget: str, part: str) -> None:
     """The message says what there is, what is needed to the byte, and what to do; one byte more and it fits."""
-    needed = getattr(make(mlp(), plan=plan).bill, part)
+    device = "sim" if budget == "pinned_budget" else "cpu"  # where nothing is pinned
+    needed = getattr(make(mlp(device=device), plan=plan).bill, part)
     assert needed > 0
     message = rf"{budget} is .* \({needed - 1} bytes\) but .* \({needed} bytes\) are needed: .*; raise it, "
     with pytest.raises(BudgetError, match=message):
-        make(mlp(), plan=plan, **{budget: needed - 1})
-    assert getattr(make(mlp(), plan=plan, **{budget: needed}).bill, part) == needed
+        make(mlp(device=device), plan=plan, **{budget: needed - 1})
+    assert getattr(make(mlp(device=device), plan=plan, **{budget: needed}).bill, part) == needed
 
 
 def test_a_group_over_budget_is_not_added() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from types import ModuleType
-from typing import Protocol, cast
+from typing import Literal, Protocol, cast, get_args
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from offload import executor, ordering
 from offload.adam import AdamSubgroup, ParamSlice, SliceUpdate
 from offload.kernels import AdamScalars, adam_step
-from offload.lanes import Lane, Lanes, Work
+from offload.lanes import Event, Lane, Lanes, Work
 from offload.lanes.inline import inline_lanes
 from offload.lanes.lazy import LazyWorld, lazy_lanes
 from offload.plan import CHAINS, Op, OpKind, Placement, Plan, lower
@@ -63,25 +63,32 @@ class Executor(Protocol):
 
     run_update: Callable[[Plan, Sequence[Subgroup], Sequence[Slot], Sequence[Staging], Lanes], None]
     enqueue_update: Callable[..., None]
+    enqueue_in_backward: Callable[..., None]
     early_operations: Callable[[Plan], list[Op]]
     enqueue_early: Callable[..., None]
     await_params: Callable[[Subgroup, Lane], None]
 
 
+# When updates run: between backward and forward; beside the next forward, with early transfers; or in backward, each as
+# soon as backward has made its gradients.
+Schedule = Literal["in order", "overlapped", "in backward"]
+SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
+
+
 class Model:
     """One parameter a subgroup. Its forward reads all parameters and its backward writes all gradients.
 
-    With ``overlapped`` each update runs beside the next forward, and begins in backward. Buffers start as NaN.
+    Buffers start as NaN.
     Each step has actions of its own, because lazy lanes may run it when later ones are queued.
     """
 
-    def __init__(self, lanes: Lanes, *, overlapped: bool, executor: Executor) -> None:
+    def __init__(self, lanes: Lanes, *, schedule: Schedule, executor: Executor) -> None:
         self.lanes = lanes
         self.params = initial_params()
         self.grads = [torch.full_like(param, torch.nan) for param in self.params]
         self.states = [torch.stack([p.float(), torch.zeros(p.numel()), torch.zeros(p.numel())]) for p in self.params]
         self.seen: list[Tensor] = []  # by the forwards, in order
-        self._overlapped = overlapped
+        self._schedule = schedule
         self._executor = executor
         self._step = 0
         self._subgroups = [
@@ -102,28 +109,42 @@ class Model:
             actions.begin_step([SliceUpdate(item, grad, param, scalars_of(self._step))])
             subgroup.actions = actions
         plan = plan.without(idle)
-        begun = self._executor.early_operations(plan) if self._overlapped else []
+        if self._schedule == "in backward":
+            self._update_in_backward(plan)
+            return
+        buffers = self._subgroups, self._slots, self._stagings
+        begun = self._executor.early_operations(plan) if self._schedule == "overlapped" else []
         self._enqueue_early([op for op in begun if op.kind is OpKind.PREFETCH])
         for i in reversed(range(NUM_SUBGROUPS)):
             self.lanes.compute.submit(Work("backward", partial(self._backward, self._step, i)))
             self._enqueue_early([op for op in begun if op.kind is OpKind.GRAD_DOWN and op.subgroup == i])
         self.lanes.compute.submit(Work("backward", self._read_all))
-        if self._overlapped:
-            self._executor.enqueue_update(
-                plan,
-                self._subgroups,
-                self._slots,
-                self._stagings,
-                self.lanes,
-                backward=self.lanes.compute.mark(),
-                begun=begun,
-            )
+        if self._schedule == "overlapped":
+            backward = self.lanes.compute.mark()
+            self._executor.enqueue_update(plan, *buffers, self.lanes, backward=backward, begun=begun)
         else:
-            self._executor.run_update(plan, self._subgroups, self._slots, self._stagings, self.lanes)
+            self._executor.run_update(plan, *buffers, self.lanes)
+
+    def _update_in_backward(self, plan: Plan) -> None:
+        """What comes before its gradients waits for as much of backward as makes them."""
+        to_come, made = list(range(NUM_SUBGROUPS)), dict[int, Event]()
+        self.lanes.compute.submit(Work("forward", self._read_all))
+
+        def grads_ready(subgroup: Subgroup) -> Event:
+            while subgroup.index not in made:
+                i = to_come.pop()
+                self.lanes.compute.submit(Work("backward", partial(self._backward, self._step, i)))
+                made[i] = self.lanes.compute.mark()
+            return made[subgroup.index]
+
+        buffers = self._subgroups, self._slots, self._stagings
+        self._executor.enqueue_in_backward(plan, *buffers, self.lanes, grads_ready=grads_ready)
+        for i in reversed(to_come):
+            grads_ready(self._subgroups[i])
 
     def forward(self) -> None:
         for subgroup, param in zip(self._subgroups, self.params, strict=True):
-            if self._overlapped and subgroup.params_ready is not None:
+            if self._schedule != "in order" and subgroup.params_ready is not None:
                 self._executor.await_params(subgroup, self.lanes.compute)
             self.lanes.compute.submit(Work("forward", partial(self._read, param)))
 
@@ -229,59 +250,68 @@ def random_run(seed: int, num_steps: int = 4) -> Run:
     return Run(tuple(plans), tuple(idle))
 
 
-def train(run: Run, lanes: Lanes, *, overlapped: bool = False, executor: Executor = executor) -> list[Tensor]:
-    model = Model(lanes, overlapped=overlapped, executor=executor)
+def train(run: Run, lanes: Lanes, *, schedule: Schedule = "in order", executor: Executor = executor) -> list[Tensor]:
+    model = Model(lanes, schedule=schedule, executor=executor)
     for plan, idle in zip(run.plans, run.idle, strict=True):
         model.step(plan, idle)
     return model.finish()
 
 
-@pytest.mark.parametrize("overlapped", [False, True])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("seed", range(20))
-def test_inline_lanes_train_as_the_kernel_alone(seed: int, overlapped: bool) -> None:
+def test_inline_lanes_train_as_the_kernel_alone(seed: int, schedule: Schedule) -> None:
     run = random_run(seed)
-    assert equal_bits(train(run, inline_lanes(), overlapped=overlapped), train_in_order(run.idle))
+    assert equal_bits(train(run, inline_lanes(), schedule=schedule), train_in_order(run.idle))
 
 
-def check_any_order(seeds: range, favour: str | None, overlapped: bool) -> None:
+def check_any_order(seeds: range, favour: str | None, schedule: Schedule) -> None:
     for seed in seeds:
         run = random_run(seed)
         lanes = lazy_lanes(seed, eagerness=(0.0, 0.3, 0.7)[seed % 3], favour=favour)
-        trained = train(run, lanes, overlapped=overlapped)
+        trained = train(run, lanes, schedule=schedule)
         assert equal_bits(trained, train_in_order(run.idle)), f"seed {seed}: {[str(plan) for plan in run.plans]}"
 
 
-@pytest.mark.parametrize("overlapped", [False, True])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("favour", [None, *LazyWorld.LANES])
-def test_no_order_that_the_waits_allow_changes_a_bit(favour: str | None, overlapped: bool) -> None:
+def test_no_order_that_the_waits_allow_changes_a_bit(favour: str | None, schedule: Schedule) -> None:
     """Six adversaries, 110 runs each: 660 random orders of random plans that change at each of four steps."""
-    check_any_order(range(110), favour, overlapped)
+    check_any_order(range(110 if schedule != "in backward" else 30), favour, schedule)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overlapped", [False, True])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("favour", [None, *LazyWorld.LANES])
-def test_no_order_changes_a_bit_at_length(favour: str | None, overlapped: bool) -> None:
-    check_any_order(range(1000, 3000), favour, overlapped)
+def test_no_order_changes_a_bit_at_length(favour: str | None, schedule: Schedule) -> None:
+    check_any_order(range(1000, 3000), favour, schedule)
 
 
-@pytest.mark.parametrize("overlapped", [False, True])
-def test_verifier_finds_no_hazard_in_random_plans(overlapped: bool) -> None:
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_verifier_finds_no_hazard_in_random_plans(schedule: Schedule) -> None:
     for seed in range(500):
-        assert find_hazards(random_run(seed), executor, overlapped=overlapped) == []
+        assert find_hazards(random_run(seed), executor, schedule=schedule) == []
 
 
 # ---- every wait is needed
 
 
-def find_hazards(run: Run, executor: Executor, *, overlapped: bool) -> list[str]:
+def find_hazards(run: Run, executor: Executor, *, schedule: Schedule) -> list[str]:
     """:func:`offload.ordering.find_hazards` over an executor of ours."""
     plans = [plan.without(idle) for plan, idle in zip(run.plans, run.idle, strict=True)]
     subgroups = [Subgroup(i, numel, 2 * numel, 12 * numel) for i, numel in enumerate(NUMELS)]
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("run_update", "enqueue_update", "early_operations", "enqueue_early", "await_params"):
+        for name in (
+            "run_update",
+            "enqueue_update",
+            "enqueue_in_backward",
+            "early_operations",
+            "enqueue_early",
+            "await_params",
+        ):
             patch.setattr(ordering, name, getattr(executor, name))
-        return ordering.find_hazards(plans, subgroups, overlapped=overlapped)
+        if schedule == "in backward":
+            return ordering.find_hazards_in_backward(plans, subgroups)
+        return ordering.find_hazards(plans, subgroups, overlapped=schedule == "overlapped")
 
 
 @dataclass(frozen=True)
@@ -347,13 +377,23 @@ WITNESS = Run(
 WITNESS_RESULT = train_in_order(WITNESS.idle)
 
 
-def is_needed(name: str, *, overlapped: bool) -> bool:
-    """In order, the update lane is the compute lane, which knows when its own backward ends, and nothing is early."""
-    return overlapped or name not in ("lanes.update.wait(backward)", "lanes.h2d.wait(backward)")
+UPDATE_WAIT, UPLOAD_WAIT = "lanes.update.wait(grads_ready(subgroup))", "lanes.h2d.wait(backward)"
 
 
-def is_caught_by_numbers(mutant: Executor, lanes: Lanes, *, overlapped: bool) -> bool:
-    return not equal_bits(train(WITNESS, lanes, overlapped=overlapped, executor=mutant), WITNESS_RESULT)
+def is_needed(name: str, *, schedule: Schedule) -> bool:
+    """In order, the update lane is the compute lane, which knows when its own backward ends.
+
+    Uploads wait for backward where gradients came down before it was done.
+    """
+    needed_in: dict[str, tuple[Schedule, ...]] = {
+        UPDATE_WAIT: ("overlapped", "in backward"),
+        UPLOAD_WAIT: ("overlapped",),
+    }
+    return schedule in needed_in.get(name, SCHEDULES)
+
+
+def is_caught_by_numbers(mutant: Executor, lanes: Lanes, *, schedule: Schedule) -> bool:
+    return not equal_bits(train(WITNESS, lanes, schedule=schedule, executor=mutant), WITNESS_RESULT)
 
 
 def test_dependencies_are_read_from_the_source() -> None:
@@ -363,46 +403,44 @@ def test_dependencies_are_read_from_the_source() -> None:
         assert count[kind] > 0, f"no dependency of {kind.name} was found"
     assert count[None] > 0
     assert SOURCE.count("after=") == SOURCE.count(".submit(") - 1  # all but the resident update's are looked into
-    assert {"lanes.update.wait(backward)", "lanes.h2d.wait(backward)"} < set(NAMES)
+    assert {UPDATE_WAIT, UPLOAD_WAIT} < set(NAMES)
 
 
-@pytest.mark.parametrize("overlapped", [False, True])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("favour", [None, *LazyWorld.LANES])
-def test_witness_is_sound(favour: str | None, seed: int, overlapped: bool) -> None:
-    assert not is_caught_by_numbers(executor, lazy_lanes(seed, favour=favour), overlapped=overlapped)
-    assert find_hazards(WITNESS, executor, overlapped=overlapped) == []
+def test_witness_is_sound(favour: str | None, seed: int, schedule: Schedule) -> None:
+    assert not is_caught_by_numbers(executor, lazy_lanes(seed, favour=favour), schedule=schedule)
+    assert find_hazards(WITNESS, executor, schedule=schedule) == []
 
 
-@pytest.mark.parametrize("overlapped", [False, True])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("name", NAMES)
-def test_verifier_catches_each_missing_wait(name: str, overlapped: bool) -> None:
-    hazards = find_hazards(WITNESS, executor_without(name), overlapped=overlapped)
-    assert hazards or not is_needed(name, overlapped=overlapped), f"nothing needs `{name}`: remove it"
+def test_verifier_catches_each_missing_wait(name: str, schedule: Schedule) -> None:
+    hazards = find_hazards(WITNESS, executor_without(name), schedule=schedule)
+    assert hazards or not is_needed(name, schedule=schedule), f"nothing needs `{name}`: remove it"
 
 
-@pytest.mark.parametrize("overlapped", [False, True])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("name", NAMES)
-def test_numbers_catch_each_missing_wait(name: str, overlapped: bool) -> None:
+def test_numbers_catch_each_missing_wait(name: str, schedule: Schedule) -> None:
     """One adversary, the one that runs the lane that no longer waits as early as it can, catches it at every seed."""
-    mutant = executor_without(name)
+    mutant, seeds = executor_without(name), range(20 if schedule != "in backward" else 5)
     always = [
         favour
         for favour in LazyWorld.LANES
-        if all(
-            is_caught_by_numbers(mutant, lazy_lanes(seed, favour=favour), overlapped=overlapped) for seed in range(20)
-        )
+        if all(is_caught_by_numbers(mutant, lazy_lanes(seed, favour=favour), schedule=schedule) for seed in seeds)
     ]
-    assert always or not is_needed(name, overlapped=overlapped), f"no adversary always catches a missing `{name}`"
+    assert always or not is_needed(name, schedule=schedule), f"no adversary always catches a missing `{name}`"
 
 
-@pytest.mark.parametrize("overlapped", [False, True])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("name", NAMES)
-def test_verifier_names_a_hazard_wherever_numbers_are_wrong(name: str, overlapped: bool) -> None:
+def test_verifier_names_a_hazard_wherever_numbers_are_wrong(name: str, schedule: Schedule) -> None:
     """The two proofs know nothing of each other; the verifier may warn of what happens to end well, not the reverse."""
     mutant = executor_without(name)
     for seed, favour in itertools.product(range(6), LazyWorld.LANES):
         run = random_run(seed)
-        trained = train(run, lazy_lanes(seed, favour=favour), overlapped=overlapped, executor=mutant)
+        trained = train(run, lazy_lanes(seed, favour=favour), schedule=schedule, executor=mutant)
         if not equal_bits(trained, train_in_order(run.idle)):
-            assert find_hazards(run, mutant, overlapped=overlapped)
+            assert find_hazards(run, mutant, schedule=schedule)

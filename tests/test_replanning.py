@@ -12,8 +12,11 @@ import offload
 from bench.online import SEEDS, WRONG, Machine
 from offload.controller import Decision, replay
 from offload.hardware import HardwareProfile
+from offload.homes import Homes, first_plan
+from offload.plan import Placement
 from tests.training import assert_same_bits, mlp, train
 
+HOST, DEVICE = Placement.HOST, Placement.DEVICE
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 # Nothing on the device pays by the first of these, everything by the second.
@@ -130,3 +133,21 @@ def test_an_overlap_that_was_asked_for_stays(sim: ModuleType) -> None:
     assert optimizer.runtime.decisions[-1].step_s
     assert optimizer.runtime.overlap == "none"
     assert "overlap:" not in optimizer.explain()
+
+
+def test_one_subgroup_alone_is_not_measured_for_ever(sim: ModuleType) -> None:
+    """No step measures both sides, so nothing could be decided; each measured step would wait for its update."""
+    model = mlp(device="sim")
+    optimizer = offload.AdamW(model.parameters())
+    assert len(optimizer.runtime.subgroups) == 1
+    train(model, optimizer, steps=range(3))
+    assert optimizer.runtime.spans == []
+    with pytest.raises(ValueError, match="no decisions"):
+        optimizer.save_decisions("log")
+
+
+def test_one_visitor_among_others_is_measured_on_the_device() -> None:
+    homes = Homes(visitors=frozenset({2}), num_slots=1, num_staging=2)
+    placements = first_plan("auto", 4, homes).placements
+    assert [placements[i] for i in range(4)] == [HOST, HOST, DEVICE, HOST]
+    assert first_plan("auto", 1, Homes(visitors=frozenset({0}), num_slots=1, num_staging=2)).placements == {0: HOST}

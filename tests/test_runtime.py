@@ -14,12 +14,15 @@ from torch import Tensor
 from offload import adam, runtime
 from offload.adam import AdamSubgroup, SliceUpdate
 from offload.controller import HYSTERESIS
+from offload.homes import Homes
 from offload.kernels import AdamScalars, adam_step
 from offload.layout import Packed, pack
+from offload.memory import Claim
+from offload.options import Options
 from offload.plan import Placement, Plan, PlanError, lower
 from offload.policy import Policy, Static
 from offload.pool import BudgetError, Budgets, Pool
-from offload.runtime import Options, Runtime, lanes_for
+from offload.runtime import Runtime, lanes_for
 
 HOST, DEVICE, RESIDENT = Placement.HOST, Placement.DEVICE, Placement.RESIDENT
 NO_LIMITS = Budgets()
@@ -148,7 +151,7 @@ def test_bill_is_what_the_device_holds(sim: ModuleType, policy: Policy) -> None:
     built = build(policy, device)
     of_params = sum(4 * numel for numel in NUMELS)
     assert torch.accelerator.memory_allocated(device) - before - of_params == built.bill.device_bytes
-    held = {buffer.data_ptr(): buffer.nbytes for buffer in pinned_buffers(built)}
+    held = {buffer.data_ptr(): buffer.untyped_storage().nbytes() for buffer in pinned_buffers(built)}
     assert sum(held.values()) == built.bill.pinned_bytes
 
 
@@ -167,11 +170,12 @@ def pinned_buffers(built: Runtime) -> list[Tensor]:
     ],
 )
 def test_nothing_is_allocated_before_the_budgets_are_checked(
-    policy: Policy, budgets: Budgets, monkeypatch: pytest.MonkeyPatch
+    sim: ModuleType, policy: Policy, budgets: Budgets, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("host_state", "device_state", "set_slots", "set_stagings"):
         monkeypatch.setattr(Pool, name, lambda *_args, **_kwargs: pytest.fail("allocated"))
-    built = Runtime(torch.device("cpu"), Options(policy, budgets, None, None))
+    device = "sim:0" if policy == "auto" else "cpu"  # where nothing is pinned
+    built = Runtime(torch.device(device), Options(policy, budgets, None, None))
     with pytest.raises(BudgetError, match=r"are needed: .*; raise it"):
         built.add(packed_params(built.device, NUMELS))
     assert built.subgroups == []
@@ -278,7 +282,7 @@ def test_plan_that_visits_with_pageable_state() -> None:
     built = build(Static(0.0))
     plan = lower([HOST, HOST, HOST, HOST], num_slots=0, num_staging=2)
     built.set_plan(plan)
-    built.homes = type(built.homes)(visitors=frozenset({0}), num_slots=1, num_staging=2)
+    built._claim = Claim(Homes(visitors=frozenset({0}), num_slots=1, num_staging=2))
     visits = lower([DEVICE, DEVICE, HOST, DEVICE], num_slots=1, num_staging=2)
     with pytest.raises(BudgetError) as raised:
         built.set_plan(visits)

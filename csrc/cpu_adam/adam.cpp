@@ -10,6 +10,7 @@
 #include <cstring>
 
 #include "affinity.h"
+#include "checks.h"
 #include "formats.h"
 #include "padded_block.h"
 #include "scalars.h"
@@ -153,12 +154,13 @@ struct OffloadWork {
 };
 
 // One step, in place, by at most num_threads threads, the caller included. scalars: the struct of the rule's name in
-// scalars.h. key and first_index: of Rounding in state.h. Returns 0, or -1 for what isn't known here.
+// scalars.h. key and first_index: of Rounding in state.h. Returns 0, or a Refusal of checks.h,
+// before any memory is touched.
 OFFLOAD_EXPORT int offload_update(const OffloadWork* work, const void* scalars, uint64_t key, uint32_t first_index,
                                   int num_threads) {
   using namespace offload;
   const Isa isa = static_cast<Isa>(work->isa);
-  if (!IsSupported(isa) || work->chunk_numel == 0) return -1;
+  if (!IsSupported(isa)) return static_cast<int>(Refusal::kUnknown);
   const Buffers buffers{static_cast<StateFormat>(work->state_format),
                         work->master,
                         work->first,
@@ -171,6 +173,9 @@ OFFLOAD_EXPORT int offload_update(const OffloadWork* work, const void* scalars, 
                         work->param,
                         static_cast<Format>(work->param_format),
                         Rounding{static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32), first_index}};
+  const Refusal refusal =
+      Check(static_cast<RuleKind>(work->rule), buffers, work->numel, scalars, num_threads, work->chunk_numel);
+  if (refusal != Refusal::kFine) return static_cast<int>(refusal);
   const RangeFn update = Select(isa, static_cast<RuleKind>(work->rule), buffers);
   if (update == nullptr) return -1;
   ForRanges(work->numel, work->chunk_numel, num_threads, [&](size_t begin, size_t end) {

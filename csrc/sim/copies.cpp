@@ -14,6 +14,7 @@
 #include <utility>
 
 #include "device.h"
+#include "faults.h"
 #include "kernel.h"
 #include "pinned.h"
 #include "tensors.h"
@@ -109,6 +110,7 @@ void copy_to_host(const at::Tensor& destination, const at::Tensor& source, bool 
 
 at::Tensor copy_from(const at::Tensor& self, const at::Tensor& destination, bool non_blocking) {
   if (destination.numel() == 0) return destination;
+  fail_if_asked(Fault::kCopy);
   const at::Tensor source = self.expand_as(destination);
   const c10::DeviceGuard guard(is_on_device(destination) ? destination.device() : source.device());
   if (is_on_device(source) && is_on_device(destination) && source.device() != destination.device())

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "device.h"
+#include "faults.h"
 #include "kernel.h"
 #include "memory.h"
 #include "shapes.h"
@@ -192,6 +193,7 @@ void wait_for_arguments(const OperatorInfo& info, Touched touched) {
 
 Values run(const OperatorInfo& info, const Values& arguments) {
   if (info.path == Path::kView) return run_now(info, arguments);
+  fail_if_asked(Fault::kLaunch);
   touched_arguments(info, arguments);  // raises for tensors elsewhere, before anything is resized
   if (info.path == Path::kAsync) {
     std::optional<Values> inferred = infer_results(info, arguments);

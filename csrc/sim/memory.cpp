@@ -8,6 +8,8 @@
 #include <cstring>
 #include <iterator>
 
+#include "faults.h"
+
 namespace sim {
 namespace {
 
@@ -87,6 +89,7 @@ std::string DeviceMemory::describe(uintptr_t begin, uintptr_t end) {
 
 void* DeviceMemory::allocate(size_t num_bytes, int stream) {
   if (num_bytes == 0) return nullptr;
+  fail_if_asked(Fault::kAllocation);
   const size_t size = (num_bytes + kBlockBytes - 1) / kBlockBytes * kBlockBytes;
   size_t offset = 0;
   auto take = [&] {

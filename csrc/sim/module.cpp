@@ -12,7 +12,9 @@
 #include <vector>
 
 #include "device.h"
+#include "faults.h"
 #include "memory.h"
+#include "pinned.h"
 #include "tensors.h"
 
 namespace py = pybind11;
@@ -95,6 +97,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("last_write",
         [](const at::Tensor& tensor) { return Runtime::get().last_write(range_of(tensor, false).bytes); });
   m.def("warnings", [] { return Runtime::get().warnings(); });
+  m.def("set_fault",
+        [](int fault, uint64_t first, uint64_t count) { set_fault(static_cast<Fault>(fault), first, count); });
+  m.def("num_occurrences", [](int fault) { return num_occurrences(static_cast<Fault>(fault)); });
+  m.def("clear_faults", [] {
+    for (int fault = 0; fault < kNumFaults; fault++) set_fault(static_cast<Fault>(fault), 0, 0);
+  });
+  m.def("begin_host_task", [] { fail_if_asked(Fault::kTask); });
+  m.def("lock_pages", [](bool locks) { pinned_allocator().lock_pages(locks); });
+  m.def("locks_pages", [] { return pinned_allocator().locks_pages(); });
   m.def("forbid_sync", [](bool is_forbidden) { Runtime::get().forbid_sync(is_forbidden); });
   m.def("report", [](const std::string& text) { Runtime::get().report(text); });
   m.def("host_charge", [](double seconds, double num_bytes, const std::string& name) {

@@ -1,17 +1,14 @@
 #include "pinned.h"
 
 #include <c10/util/Exception.h>
+#include <sys/mman.h>
 
-#include <cstdlib>
 #include <cstring>
 #include <iterator>
 
+#include "faults.h"
+
 namespace sim {
-namespace {
-
-constexpr size_t kPageBytes = 4096;
-
-}  // namespace
 
 PinnedAllocator& pinned_allocator() {
   static PinnedAllocator* allocator = new PinnedAllocator;  // never destroyed: tensors may outlive static objects
@@ -20,9 +17,13 @@ PinnedAllocator& pinned_allocator() {
 
 at::DataPtr PinnedAllocator::allocate(size_t num_bytes) {
   if (num_bytes == 0) return {nullptr, nullptr, &free, at::Device(at::kCPU)};
-  void* pointer = nullptr;
-  TORCH_CHECK_WITH(OutOfMemoryError, posix_memalign(&pointer, kPageBytes, num_bytes) == 0, "sim: cannot pin ",
-                   num_bytes, " bytes of host memory");
+  fail_if_asked(Fault::kPin);
+  void* pointer = mmap(nullptr, num_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  TORCH_CHECK_WITH(OutOfMemoryError, pointer != MAP_FAILED, "sim: cannot pin ", num_bytes, " bytes of host memory");
+  if (locks_ && mlock(pointer, num_bytes) != 0) {
+    munmap(pointer, num_bytes);
+    TORCH_CHECK(false, "sim: the system refused to lock ", num_bytes, " bytes of host memory (RLIMIT_MEMLOCK)");
+  }
   std::lock_guard<std::mutex> guard(mutex_);
   blocks_[reinterpret_cast<uintptr_t>(pointer)] = Block{num_bytes};
   stats_.allocated_bytes.increase(num_bytes);
@@ -45,7 +46,7 @@ void PinnedAllocator::free(void* pointer) {
 void PinnedAllocator::drop_if_unused(Blocks::iterator block) {
   if (!block->second.is_freed || block->second.num_copies) return;
   stats_.active_bytes.decrease(block->second.num_bytes);
-  std::free(reinterpret_cast<void*>(block->first));
+  munmap(reinterpret_cast<void*>(block->first), block->second.num_bytes);  // and with it the lock
   blocks_.erase(block);
 }
 

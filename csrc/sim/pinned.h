@@ -1,7 +1,8 @@
-// Page-aligned host memory that copies may use asynchronously, of exactly the size asked for.
+// Host memory that copies may use asynchronously: whole pages, and as many as were asked for.
 #pragma once
 #include <ATen/core/CachingHostAllocator.h>
 
+#include <atomic>
 #include <cstddef>
 #include <map>
 #include <mutex>
@@ -20,6 +21,10 @@ class PinnedAllocator final : public at::HostAllocator {
   void reset_accumulated_stats() override;
   void reset_peak_stats() override;
 
+  // Whether pages are really locked, so that the system counts them and its limits hold. They are touched then.
+  void lock_pages(bool locks) { locks_ = locks; }
+  bool locks_pages() const { return locks_; }
+
   bool owns(const void* pointer);
   // Around a copy that reads or writes at `pointer`.
   void retain(const void* pointer);
@@ -37,6 +42,7 @@ class PinnedAllocator final : public at::HostAllocator {
   Blocks::iterator find(const void* pointer);
   void drop_if_unused(Blocks::iterator block);
 
+  std::atomic<bool> locks_{false};
   std::mutex mutex_;
   Blocks blocks_;  // by address
   at::HostStats stats_;

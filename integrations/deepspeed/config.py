@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from offload.arguments import parse_options
-from offload.policy import Static, Stride, parse_policy
-from offload.runtime import Options
+from offload.options import Options
+from offload.policy import OVERLAPS, Static, Stride, parse_policy
 
 logger = logging.getLogger("offload")
 
 BLOCK = "interleaved_offload"
-OVERLAPS = ("auto", "none")
 STATE_FORMATS = ("fp32",)
 # Keys of the paper's artifact in offload_optimizer (arXiv 2410.21316), and DeepSpeed's share of the CPU.
 ARTIFACT_KEYS = ("prefetch_optimizer", "part_grads_async", "prefetch_optimizer_gap")
@@ -37,7 +36,7 @@ class Settings:
         update_stride: one of so many subgroups visits the accelerator; takes the place of ``plan``.
         resident_fraction: the accelerator's share of the state, 0 to 1; takes the place of ``plan``; stage 3 only.
         num_slots: device buffers, each for one subgroup's state.
-        overlap: "auto" or "none".
+        overlap: "none", "backward", "next_forward", or "auto": the last on an accelerator, none on the CPU.
         device_budget, host_budget, pinned_budget: bytes or text ("4GiB"), for each rank; None and, for the device,
             "auto" are no limit.
         state_format: "fp32".
@@ -55,7 +54,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.overlap not in OVERLAPS:
-            raise ConfigError(f"{BLOCK}.overlap={self.overlap!r} is not available; give one of {', '.join(OVERLAPS)}")
+            raise ConfigError(f"{BLOCK}.overlap={self.overlap!r} is not known; give one of {', '.join(OVERLAPS)}")
         if self.state_format not in STATE_FORMATS:
             raise ConfigError(
                 f"{BLOCK}.state_format={self.state_format!r} is not available; give one of {', '.join(STATE_FORMATS)}"
@@ -91,6 +90,7 @@ class Settings:
             pinned_budget=self.pinned_budget,
             subgroup_numel=None,
             num_slots=self.num_slots if uses_slots else None,
+            overlap=self.overlap,
         )
 
 
@@ -134,18 +134,26 @@ def split_config(config: object) -> SplitConfig:
         return SplitConfig(None, loaded)
     zero = loaded.get("zero_optimization") or {}
     _check_conflicts(loaded, zero)
-    settings = _settings(block, zero.pop("offload_optimizer"), zero["stage"])
+    settings = _settings(block, zero.pop("offload_optimizer"), zero)
     _name_optimizer(loaded)
     return SplitConfig(settings, loaded)
 
 
-def _settings(block: object, offload_optimizer: Mapping[str, Any], stage: int) -> Settings:
+def _settings(block: object, offload_optimizer: Mapping[str, Any], zero: Mapping[str, Any]) -> Settings:
+    stage = zero["stage"]
     if not isinstance(block, Mapping):
         raise ConfigError(f"{BLOCK} must be a block of keys, {{}} for the defaults, not {block!r}")
     known = {field.name for field in fields(Settings)}
     if unknown := sorted(set(block) - known):
         raise ConfigError(f"{BLOCK} does not know {', '.join(unknown)}; known are {', '.join(sorted(known))}")
     values = {**_translated(offload_optimizer, block), **block}
+    if zero.get("zero_quantized_weights"):
+        values.setdefault("overlap", "none")
+        if values["overlap"] in ("auto", "next_forward"):
+            raise ConfigError(
+                f"{BLOCK}.overlap={values['overlap']!r} cannot be with zero_quantized_weights, which hands parameters "
+                f'to an extension that does not wait for an update in flight; set overlap to "none", or leave it out'
+            )
     settings = Settings(**values)
     if settings.resident_fraction and stage < 3:
         raise ConfigError(

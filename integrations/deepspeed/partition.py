@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,15 +15,24 @@ from offload.adam import ParamSlice, SliceUpdate, flat
 from offload.explain import explain
 from offload.kernels import AdamScalars
 from offload.layout import Packed
+from offload.options import Options
 from offload.plan import Plan
 from offload.policy import Static
 from offload.pool import MemoryBill
-from offload.runtime import Options, Runtime
+from offload.runtime import Runtime
 from offload.subgroup import FLOAT32_BYTES
 
 STATE_ROWS = ("master", "exp_avg", "exp_avg_sq")
 ALIGNMENT_NUMEL = 64  # subgroups begin at multiples of it, so that no two share a line of the CPU's cache
 NUM_SUBGROUPS = 24  # for partitions that we cut: enough to overlap transfers with updates
+
+
+class Alias(NamedTuple):
+    """A tensor that shares memory with elements ``begin`` to ``end`` of a flat parameter, or of its gradient."""
+
+    tensor: Tensor
+    begin: int
+    end: int
 
 
 class FlatPartition:
@@ -45,6 +57,8 @@ class FlatPartition:
         device = flats[0].device
         if device.type == "cpu" and options.policy == "auto":
             options = replace(options, policy="host", num_slots=None)
+        if options.overlap == "auto":
+            options = replace(options, overlap="none" if device.type == "cpu" else "next_forward")
         if max_subgroup_numel is not None:
             options = self._host_only(options, sum(flat.numel() for flat in flats), max_subgroup_numel)
         self.runtime = Runtime(device, options)
@@ -97,13 +111,18 @@ class FlatPartition:
         self.runtime.add(packed)
 
     @torch.no_grad()
-    def step(self, grads: Sequence[Tensor], scalars: Sequence[AdamScalars]) -> None:
+    def step(
+        self, grads: Sequence[Tensor], scalars: Sequence[AdamScalars], aliases: Sequence[Iterable[Alias]] = ()
+    ) -> None:
         """Update every flat tensor from its gradient, with its group's scalars.
 
         Args:
             grads: per flat tensor, of its shape, dtype and device.
+            aliases: per flat tensor, the tensors that it and its gradient are read and written through. With overlap
+                "next_forward" this returns when the update has begun, and they are pending (:mod:`offload.pending`):
+                what is read through others has to wait for ``runtime.finish()``.
 
-        Returns when the parameters may be read on the current stream; states may still be on their way to the host.
+        Otherwise returns when the parameters may be read on the current stream; states may still be on their way.
         """
         updates = {}
         for slices, grad, group_scalars in zip(self._slices, grads, scalars, strict=True):
@@ -113,7 +132,19 @@ class FlatPartition:
                     SliceUpdate(piece, grad.narrow(0, begin, piece.numel), flat(piece.param), group_scalars)
                 ]
                 begin += piece.numel
-        self.runtime.step(updates)
+        self.runtime.step(updates, pending=self._by_subgroup(aliases))
+
+    def _by_subgroup(self, aliases: Sequence[Iterable[Alias]]) -> dict[int, list[Tensor]]:
+        found: dict[int, list[Tensor]] = {}
+        for slices, group in zip(self._slices, aliases, strict=False):
+            ends = list(itertools.accumulate(piece.numel for _, piece in slices))
+            for alias in group:
+                if alias.begin == alias.end:
+                    continue
+                # From the piece that holds its first element to the one that holds its last.
+                for i in range(bisect_right(ends, alias.begin), bisect_left(ends, alias.end) + 1):
+                    found.setdefault(slices[i][0], []).append(alias.tensor)
+        return found
 
     def synchronize(self) -> None:
         """Wait until nothing is in flight: ``states`` and parameters may be read and written afterwards."""

@@ -72,11 +72,16 @@ _Z3, _Z12 = "DeepSpeedZeroOptimizer_Stage3", "DeepSpeedZeroOptimizer"
 STAGE3_SEAMS = (
     Seam(STAGE3, f"{_Z3}._create_fp32_partitions", (), "replaced: masters are rows of our states"),
     Seam(STAGE3, f"{_Z3}.initialize_optimizer_states", (), "replaced: our states are the optimizer's"),
+    Seam(STAGE3, f"{_Z3}.partition_grads", ("params_to_release", "grad_partitions"), "extended: early copies"),
+    Seam(STAGE3, f"{_Z3}._get_fp32_grad_state_partition", ("param",), "extended: a gradient may be set"),
+    Seam(STAGE3, f"{_Z3}.update_fp32_grad_for_param_vectorized", ("update_func", "param_list"), "extended: likewise"),
+    Seam(STAGE3, f"{_Z3}.get_param_id", ("param",), "called"),
     Seam(STAGE3, f"{_Z3}._prepare_sub_group", ("sub_group_id", "timer_names"), "replaced: no fp32 gradient"),
     Seam(STAGE3, f"{_Z3}.unscale_and_clip_grads", ("sub_group_id", "total_norm"), "replaced: a factor of the update"),
     Seam(STAGE3, f"{_Z3}._optimizer_step", ("sub_group_id",), "replaced: the update"),
     Seam(STAGE3, f"{_Z3}._reassign_or_swap_out_partitioned_parameters", ("sub_group_id",), "replaced: done by then"),
     Seam(STAGE3, f"{_Z3}._release_sub_group", ("sub_group_id", "timer_names"), "replaced: nothing to release"),
+    Seam(STAGE3, f"{_Z3}._post_step", ("timer_names",), "extended: gathers no parameter whose update is in flight"),
     Seam(STAGE3, f"{_Z3}._get_fp32_opt_state_partition", ("param",), "extended: waits for the states"),
     Seam(STAGE3, f"{_Z3}._restore_from_bit16_weights", (), "extended: waits for the states"),
     Seam(STAGE3, f"{_Z3}.state_dict", (), "extended: waits for the states"),
@@ -84,6 +89,7 @@ STAGE3_SEAMS = (
 )
 STAGE12_SEAMS = (
     Seam(STAGE12, f"{_Z12}.initialize_optimizer_states", (), "replaced: our states are the optimizer's"),
+    Seam(STAGE12, f"{_Z12}.reduce_ready_partitions_and_remove_grads", ("param", "i"), "extended: backward has begun"),
     Seam(STAGE12, f"{_Z12}.step", ("closure",), "extended: shows DeepSpeed 16-bit partitions while it runs"),
     Seam(STAGE12, f"{_Z12}.unscale_and_clip_grads", ("grad_groups_flat", "total_norm"), "replaced: a factor"),
     Seam(STAGE12, f"{_Z12}._optimizer_step", ("group_no",), "replaced: the update"),
@@ -94,12 +100,13 @@ STAGE12_SEAMS = (
 )
 # Attributes of the optimizers, once constructed.
 STAGE3_ATTRIBUTES = (
-    "averaged_gradients", "clip_grad", "fp16_partitioned_groups_flat", "fp32_partitioned_groups_flat",
-    "grad_partitions_flat_buffer", "loss_scale", "optimizer", "sub_group_to_group_id",
+    "averaged_gradients", "clip_grad", "fp16_groups", "fp16_partitioned_groups_flat", "fp32_partitioned_groups_flat",
+    "grad_partitions_flat_buffer", "grad_position", "loss_scale", "optimizer", "persistent_parameters",
+    "sub_group_to_group_id",
 )  # fmt: skip
 STAGE12_ATTRIBUTES = (
-    "averaged_gradients", "bit16_groups", "clip_grad", "device", "dp_process_group", "loss_scale", "optimizer",
-    "parallel_partitioned_bit16_groups", "real_dp_process_group", "single_partition_of_fp32_groups",
+    "averaged_gradients", "bit16_groups", "bit16_groups_flat", "clip_grad", "device", "dp_process_group", "loss_scale",
+    "optimizer", "parallel_partitioned_bit16_groups", "real_dp_process_group", "single_partition_of_fp32_groups",
     "_hp_optimizer_states_linked",
 )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, ClassVar
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor
 
 from . import seams
 from .config import Settings
-from .partition import default_subgroup_numel
-from .update import ShardUpdate
+from .partition import Alias, default_subgroup_numel
+from .update import PendingStates, ShardUpdate
 
 
 class OffloadedStage12(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSpeed has no types
@@ -31,6 +32,7 @@ class OffloadedStage12(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSpe
         super().__init__(*args, **kwargs)
         seams.check_attributes(self, seams.STAGE12_ATTRIBUTES)
         self._lazy_init_hp_params_optimizer_state()
+        self._states = PendingStates(self.offloaded, self._readers_of_states())
 
     @property
     def device(self) -> Any:
@@ -66,6 +68,13 @@ class OffloadedStage12(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSpe
             )
         ]
 
+    # ---- backward: states come up while it runs
+
+    def reduce_ready_partitions_and_remove_grads(self, param: Tensor, i: int) -> None:
+        """DeepSpeed's, once a parameter's gradient is there. This rank's flat gradients are made in the step only."""
+        super().reduce_ready_partitions_and_remove_grads(param, i)
+        self.offloaded.gradient_arrived(0)
+
     # ---- the step
 
     def step(self, closure: Any = None) -> None:
@@ -81,6 +90,9 @@ class OffloadedStage12(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSpe
             for flat in self.single_partition_of_fp32_groups:
                 flat.grad = None
             self.single_partition_of_fp32_groups = list(self.offloaded.masters)
+        if self.offloaded.has_grads:
+            self.offloaded.step_put_grads(self._readers_of_partitions())
+            self._states.await_where_read()
 
     def _keep_gradients_until_read(self) -> None:
         """Reduced on DeepSpeed's stream, they are read on the current one, and their memory given back to the first."""
@@ -93,21 +105,51 @@ class OffloadedStage12(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSpe
         self.offloaded.set_grad_scale(total_norm, self.loss_scale, self.clip_grad)
 
     def _optimizer_step(self, group_no: int) -> None:
-        """The last group's turn is everyone's: the plan orders the updates."""
+        """The last group's turn is everyone's: the plan orders the updates.
+
+        With several ranks it comes before DeepSpeed gathers the new parameters, which is a part of its step. A rank by
+        itself has nothing to gather: the update begins behind the step, and hides under the next forward.
+        """
         flat = self.single_partition_of_fp32_groups[group_no]
         assert flat.grad is not None
         self.offloaded.put_grad(group_no, flat.grad)
-        if group_no == len(self.bit16_groups) - 1:
+        if group_no == len(self.bit16_groups) - 1 and self._gathers:
             self.offloaded.step_put_grads()
-            # Parameters refer to fragments of our states, which anyone may read without asking us.
-            self.offloaded.synchronize()
+            self.offloaded.finish()
+            self._states.await_where_read()
 
-    # ---- loading
+    @property
+    def _gathers(self) -> bool:
+        """Whether other ranks wait for what this one updates."""
+        return any(comm.get_world_size(group=group) > 1 for group in self.real_dp_process_group)
+
+    def _readers_of_partitions(self) -> list[list[Alias]]:
+        """What a lone rank's parameters are read and written through: themselves, and DeepSpeed's flat tensors."""
+        found = []
+        for params, whole, own in zip(self.bit16_groups, self.bit16_groups_flat, self._own_partitions(), strict=True):
+            aliases = [Alias(flat, 0, own.numel()) for flat in (whole, own)]
+            for param in params:  # by their addresses: DeepSpeed orders and pads them as it likes
+                begin = (param.data_ptr() - own.data_ptr()) // own.element_size()
+                aliases.append(Alias(param, begin, begin + param.numel()))
+            found.append(aliases)
+        return found
+
+    # ---- states in flight, and loading
+
+    def _readers_of_states(self) -> list[Tensor]:
+        """What our states are read through: masters, moments, and the fragments of them that parameters refer to."""
+        found = list(self.offloaded.state_tensors())
+        for param in itertools.chain.from_iterable(self.bit16_groups):
+            if (fragments := param._hp_mapping) is not None:
+                found += [fragments.hp_fragment, *fragments.optim_fragment.values()]
+        return found
 
     @torch.no_grad()
     def load_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.offloaded.synchronize()
         super().load_state_dict(*args, **kwargs)
         self.offloaded.adopt()
         self._link_all_hp_params()
         self._hp_optimizer_states_linked = False
         self._lazy_init_hp_params_optimizer_state()
+        self._states = PendingStates(self.offloaded, self._readers_of_states())

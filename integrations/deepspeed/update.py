@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from offload.runtime import Options
+from offload.options import Options
+from offload.pending import make_pending, make_plain
 
 from .adam_groups import check_group, is_decoupled, scalars_at, state_entries
-from .partition import FlatPartition
+from .partition import Alias, FlatPartition
 
 
 class ShardUpdate:
@@ -54,6 +57,12 @@ class ShardUpdate:
     def masters(self) -> Sequence[Tensor]:
         return self._entries.masters
 
+    def state_tensors(self) -> Iterator[Tensor]:
+        """What the optimizer holds of our states: the masters, and the moments under its own names."""
+        for master in self.masters:
+            yield master
+            yield from (value for value in self._optimizer.state[master].values() if isinstance(value, Tensor))
+
     def set_grad_scale(self, total_norm: Tensor | None, loss_scale: float, max_norm: float) -> None:
         """Set the factor on the next step's gradients: that of DeepSpeed's ``unscale_and_clip_grads``, bit for bit.
 
@@ -76,13 +85,18 @@ class ShardUpdate:
         """Keep a flat tensor's gradient for :meth:`step_put_grads`."""
         self._grads[index] = grad
 
-    def step_put_grads(self) -> None:
+    @property
+    def has_grads(self) -> bool:
+        """Whether all gradients were put since the last step."""
+        return len(self._grads) == len(self._group_of)
+
+    def step_put_grads(self, aliases: Sequence[Iterable[Alias]] = ()) -> None:
         """:meth:`step` with the gradients put since the last."""
         grads = [self._grads[i] for i in range(len(self._group_of))]
         self._grads.clear()
-        self.step(grads)
+        self.step(grads, aliases)
 
-    def step(self, grads: Sequence[Tensor]) -> None:
+    def step(self, grads: Sequence[Tensor], aliases: Sequence[Iterable[Alias]] = ()) -> None:
         """Update all flat parameters. See :meth:`FlatPartition.step`."""
         self.partition.runtime.check_usable()
         scalars = [
@@ -95,7 +109,24 @@ class ShardUpdate:
             for i, group_index in enumerate(self._group_of)
         ]
         self._scaled_by = None
-        self.partition.step(grads, scalars)
+        self.partition.step(grads, scalars, aliases)
+
+    def gradient_arrived(self, subgroup: int) -> None:
+        """See :meth:`offload.runtime.Runtime.gradient_arrived`."""
+        self.partition.runtime.gradient_arrived(subgroup)
+
+    def before_gradient(self, subgroup: int) -> None:
+        """See :meth:`offload.runtime.Runtime.before_gradient`."""
+        self.partition.runtime.before_gradient(subgroup)
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether an update was begun whose parameters are still pending."""
+        return self.partition.runtime.in_flight
+
+    def finish(self) -> None:
+        """Return when the parameters may be read on the current stream, whatever they are read through."""
+        self.partition.runtime.finish()
 
     def synchronize(self) -> None:
         """Wait until nothing is in flight."""
@@ -104,3 +135,33 @@ class ShardUpdate:
     def adopt(self) -> None:
         """Take over the state that DeepSpeed has loaded into the optimizer."""
         self._entries.adopt()
+
+
+class PendingStates:
+    """Tensors that are views of the states of an update in flight: who reads or writes one first waits for all of it.
+
+    Args:
+        tensors: kept alive, since they are pending until they are read.
+    """
+
+    def __init__(self, offloaded: ShardUpdate, tensors: Sequence[Tensor]) -> None:
+        self._offloaded = weakref.ref(offloaded)
+        self._tensors = tensors
+        weakref.finalize(self, _make_plain, tensors).atexit = False
+
+    def await_where_read(self) -> None:
+        """From now on, until the first of them is read."""
+        wait = partial(_wait_then_make_plain, self._offloaded, self._tensors)
+        for tensor in self._tensors:
+            make_pending(tensor, wait)
+
+
+def _wait_then_make_plain(reference: weakref.ref[ShardUpdate], tensors: Sequence[Tensor]) -> None:
+    if (offloaded := reference()) is not None:
+        offloaded.synchronize()
+    _make_plain(tensors)
+
+
+def _make_plain(tensors: Sequence[Tensor]) -> None:
+    for tensor in tensors:
+        make_plain(tensor)

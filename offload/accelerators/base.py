@@ -50,9 +50,23 @@ class Accelerator:
     def pinned_empty(self, num_bytes: int) -> Tensor:
         """Page-locked host memory, uninitialised: a 1-D uint8 CPU tensor of ``num_bytes`` rounded up to a page.
 
-        The memory is page-aligned. torch's allocator may hold more than it was asked for (up to the next power of two).
+        The memory is page-aligned. It takes :meth:`pinned_size` bytes.
+
+        Raises:
+            RuntimeError: the system refuses.
         """
         return torch.empty(round_up_to_page(num_bytes), dtype=torch.uint8, pin_memory=True)
+
+    def pinned_size(self, num_bytes: int) -> int:
+        """What :meth:`pinned_empty` takes for ``num_bytes``: torch's allocator goes up to the next power of two."""
+        return 1 << (round_up_to_page(num_bytes) - 1).bit_length() if num_bytes else 0
+
+    def pinnable_bytes(self) -> int | None:
+        """What may still be pinned, where a limit is known beforehand; None: none is. Pinning may be refused then too.
+
+        The locked-memory limit (ulimit -l) does not bind CUDA's driver, for one.
+        """
+        return None
 
     def name(self) -> str:
         """What the device is called, for a reader."""
@@ -95,6 +109,9 @@ class Accelerator:
 
         To be called by the thread that does the work, after it has waited for the events the work depends on.
         """
+
+    def begin_host_task(self) -> None:
+        """Tell that the calling thread, a worker, begins an update; an emulated device may let it fail here."""
 
     def charge_host_time(self, seconds: float, name: str = "host work", *, numel: int = 0, num_bytes: int = 0) -> None:
         """Advance the virtual clock of the calling thread: work called ``name`` took ``seconds``.

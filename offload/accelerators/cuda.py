@@ -25,8 +25,6 @@ _PORTABLE = 1  # cudaHostRegisterPortable: page-locked for every context of the 
 class CudaAccelerator(Accelerator):
     """A CUDA device. Pins exactly what was asked for; torch's allocator rounds up to a power of two."""
 
-    _has_warned = False
-
     def name(self) -> str:
         return torch.cuda.get_device_name(self.device)
 
@@ -47,7 +45,8 @@ class CudaAccelerator(Accelerator):
     def pinned_empty(self, num_bytes: int) -> Tensor:
         """Page-locked host memory, uninitialised: a 1-D uint8 CPU tensor of ``num_bytes`` rounded up to a page.
 
-        Where CUDA refuses to register it (memlock limit, container), torch's own pinned allocator is asked instead.
+        Where CUDA refuses to register it (a container, a limit), torch's own pinned allocator is asked instead, but
+        only for powers of two: it would take up to twice of anything else.
         """
         num_bytes = round_up_to_page(num_bytes)
         pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # page-aligned
@@ -60,15 +59,12 @@ class CudaAccelerator(Accelerator):
         if error == _CUDA_SUCCESS:
             return _tensor_over(pages, cudart, address, self.device)
         _clear_last_error(self.device)
-        if not CudaAccelerator._has_warned:
-            CudaAccelerator._has_warned = True
-            logger.warning(
-                "cudaHostRegister refused %d bytes (error %d); using torch's pinned allocator, which may hold up to "
-                "twice as much",
-                num_bytes,
-                error,
-            )
+        if num_bytes & (num_bytes - 1):
+            raise RuntimeError(f"cudaHostRegister refused to pin {num_bytes} bytes of host memory (error {error})")
         return super().pinned_empty(num_bytes)
+
+    def pinned_size(self, num_bytes: int) -> int:
+        return round_up_to_page(num_bytes) if num_bytes else 0
 
 
 def _tensor_over(pages: mmap.mmap, cudart: Any, address: int, device: torch.device) -> Tensor:

@@ -15,9 +15,10 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from offload.accelerators.base import Accelerator
+from offload.accelerators.base import Accelerator, round_up_to_page
 from offload.accelerators.sim_device import load, loaded, set_capacity
 from offload.accelerators.sim_rates import emulate, reset_rates, set_profile, update_seconds
+from offload.limits import lockable_bytes
 
 __all__ = [
     "Executor",
@@ -35,6 +36,7 @@ __all__ = [
     "host_time_s",
     "last_write",
     "load",
+    "lock_pages",
     "own_host_clock",
     "races",
     "report",
@@ -123,6 +125,8 @@ def reset() -> None:
     torch.accelerator.synchronize()
     torch.accelerator.empty_cache()
     reset_rates()
+    lock_pages(False)
+    loaded().clear_faults()
     configure(capacity=_DEFAULT_CAPACITY)
 
 
@@ -181,6 +185,13 @@ def trace() -> list[TraceSpan]:
     return [TraceSpan(name, stream, _ENGINES[engine], *span) for name, stream, engine, *span in loaded().trace()]
 
 
+def lock_pages(locks: bool) -> None:
+    """Whether pinned memory is really locked from now on, as a driver's is: the system then counts it (VmLck in
+    /proc/self/status) and its limit holds (ulimit -l). Not at first, and not after :func:`reset`.
+    """
+    loaded().lock_pages(locks)
+
+
 def host_time_s() -> float:
     """Virtual time of the calling thread's host clock."""
     return float(loaded().host_time_s())
@@ -224,11 +235,20 @@ class SimAccelerator(Accelerator):
     def name(self) -> str:
         return "emulated accelerator"
 
+    def pinned_size(self, num_bytes: int) -> int:
+        return round_up_to_page(num_bytes) if num_bytes else 0
+
+    def pinnable_bytes(self) -> int | None:
+        return lockable_bytes() if loaded().locks_pages() else None
+
     def declare_host_work(self, name: str, reads: Sequence[Tensor], writes: Sequence[Tensor]) -> None:
         for tensor in reads:
             host_access(tensor, write=False, name=name)
         for tensor in writes:
             host_access(tensor, write=True, name=name)
+
+    def begin_host_task(self) -> None:
+        loaded().begin_host_task()
 
     def charge_host_time(self, seconds: float, name: str = "host work", *, numel: int = 0, num_bytes: int = 0) -> None:
         host_charge(update_seconds(numel, measured_s=seconds), name, num_bytes)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from offload.cli import bench, calibrate, doctor, explain, plan, simulate, watch
 
-_COMMANDS = {
+COMMANDS = {
     "plan": plan,
     "simulate": simulate,
     "explain": explain,
@@ -25,12 +25,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="offload", description="Plan, predict and explain CPU-GPU offloading of optimizer states."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, module in _COMMANDS.items():
+    for name, module in COMMANDS.items():
         summary = (module.__doc__ or "").split("\n")[0]
         module.add_arguments(commands.add_parser(name, help=summary, description=summary))
     options = parser.parse_args(arguments)
     try:
-        status: int | None = _COMMANDS[options.command].run(options)
+        status: int | None = COMMANDS[options.command].run(options)
     except (ValueError, TypeError, OSError) as error:
         print(f"offload {options.command}: {error}", file=sys.stderr)
         return 2

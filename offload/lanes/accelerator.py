@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 
 import torch
 
 from offload.accelerators import Accelerator, accelerator_for
 from offload.lanes.base import Event, Lanes, Work
+from offload.watchdog import wait_for
 
 # Called once for each piece of work of a timed lane: lane's name, work's name, and two readings of its clock.
 Recorder = Callable[[str, str, "torch.Event | float", "torch.Event | float"], None]
@@ -18,14 +21,37 @@ Recorder = Callable[[str, str, "torch.Event | float", "torch.Event | float"], No
 class HostEvent:
     """Completion of work on the host lane. Waiting for it raises the work's exception, with its traceback."""
 
-    __slots__ = ("_accelerator", "_future")
+    __slots__ = ("_accelerator", "_future", "_worker", "name")
 
-    def __init__(self, future: Future[object], accelerator: Accelerator) -> None:
+    def __init__(self, name: str, future: Future[object], worker: _Worker, accelerator: Accelerator) -> None:
+        self.name = name
         self._future = future
+        self._worker = worker
         self._accelerator = accelerator
 
     def synchronize(self) -> None:
-        self._accelerator.host_join(self._future.result())
+        """Raises also :class:`offload.watchdog.StuckStepError`, if it takes too long."""
+        self._accelerator.host_join(wait_for(self._future, self._describe, self._worker.started))
+
+    def _describe(self) -> str:
+        return f"the step waits for {self.name} of lane host, whose worker {self._worker.doing}"
+
+
+@dataclass(slots=True)
+class _Worker:
+    """A worker thread as others see it: itself, once it runs, and what it does, for whoever waits too long."""
+
+    started: list[threading.Thread] = field(default_factory=list)
+    doing: str = "has done nothing yet"
+
+
+class StreamEvent(torch.Event):
+    """A point in a stream that knows which work it is the end of. (torch takes no subclass where it measures time.)"""
+
+    name = "an event"
+
+    def __str__(self) -> str:
+        return self.name
 
 
 class StreamLane:
@@ -53,7 +79,7 @@ class StreamLane:
         begin = self._record(stream) if self.recorder else None
         with stream, self._accelerator.annotate(f"offload {self.name} {work.name}"):
             work.run()
-        end = self._record(stream)
+        end = self._record(stream, work.name)
         if self.recorder and begin is not None:
             self.recorder(self.name, work.name, begin, end)
         return end
@@ -64,8 +90,12 @@ class StreamLane:
     def mark(self) -> torch.Event:
         return self._record(self.stream)
 
-    def _record(self, stream: torch.Stream) -> torch.Event:
-        event = torch.Event(self._device, enable_timing=self.recorder is not None)
+    def _record(self, stream: torch.Stream, name: str = "a mark") -> torch.Event:
+        if self.recorder is None:
+            event: torch.Event = StreamEvent(self._device)
+            event.name = f"{name} of lane {self.name}"  # type: ignore[attr-defined]
+        else:
+            event = torch.Event(self._device, enable_timing=True)
         event.record(stream)
         return event
 
@@ -89,13 +119,18 @@ class HostLane:
         self.recorder: Recorder | None = None
         self._accelerator = accelerator
         self._error: BaseException | None = None
-        self._worker = ThreadPoolExecutor(
-            max_workers=1, thread_name_prefix="offload-host", initializer=start_worker, initargs=(accelerator,)
+        self._worker = _Worker()
+        self._queue = ThreadPoolExecutor(
+            max_workers=1,
+            thread_name_prefix="offload-host",
+            initializer=start_worker,
+            initargs=(accelerator, self._worker.started),
         )
 
     def submit(self, work: Work, after: Iterable[Event | None] = ()) -> Event:
         mark = self._accelerator.host_mark()
-        return HostEvent(self._worker.submit(self._run, work, tuple(after), mark), self._accelerator)
+        future = self._queue.submit(self._run, work, tuple(after), mark)
+        return HostEvent(work.name, future, self._worker, self._accelerator)
 
     def wait(self, event: Event) -> None:
         self.submit(Work("wait"), after=(event,))
@@ -112,7 +147,11 @@ class HostLane:
             accelerator.host_join(submitted)
             for event in after:
                 if event is not None:
+                    self._worker.doing = f"waits for {event} before {work.name}"
                     event.synchronize()
+            self._worker.doing = f"runs {work.name}"
+            if work.numel:
+                accelerator.begin_host_task()
             begin_s, start_s = accelerator.host_time_s(), time.perf_counter()
             with accelerator.annotate(f"offload {self.name} {work.name}"):
                 work.run()
@@ -126,8 +165,10 @@ class HostLane:
             raise
 
 
-def start_worker(accelerator: Accelerator) -> None:
-    """What a thread that works for ``accelerator`` does first."""
+def start_worker(accelerator: Accelerator, started: list[threading.Thread] | None = None) -> None:
+    """What a thread that works for ``accelerator`` does first; it adds itself to ``started``."""
+    if started is not None:
+        started.append(threading.current_thread())
     # A new thread's device is number 0: waiting for an event from there would open a context on it, in every rank.
     if accelerator.device.type != "cpu":
         torch.accelerator.set_device_index(accelerator.device)

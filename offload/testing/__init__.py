@@ -6,8 +6,9 @@ detector. Importing this module builds and registers nothing. The pytest plugin 
 """
 
 from offload.accelerators import sim
+from offload.testing import faults
 from offload.testing.exploration import Exploration, FailedOrder, explore
 from offload.testing.saved_tensors import watch_saved_tensors
 from offload.testing.traces import spans, write_trace
 
-__all__ = ["Exploration", "FailedOrder", "explore", "sim", "spans", "watch_saved_tensors", "write_trace"]
+__all__ = ["Exploration", "FailedOrder", "explore", "faults", "sim", "spans", "watch_saved_tensors", "write_trace"]

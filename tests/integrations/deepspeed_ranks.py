@@ -6,6 +6,7 @@ Ranks follow different plans, and must come to the reference's bits all the same
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import os
 import sys
@@ -60,9 +61,9 @@ def main() -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    import deepspeed.comm.torch
-
-    deepspeed.comm.torch.build_shm_op = lambda: None  # it would compile for minutes, to run collectives a little faster
+    importlib.import_module("deepspeed")
+    # It would compile for minutes, to run collectives a little faster. (`deepspeed.comm.torch` is torch itself.)
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
     rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     for stage in arguments.stages:
         if arguments.what == "train":

@@ -87,7 +87,11 @@ def test_other_vocabularies_are_translated_with_a_note(
     [
         ({"block": {"strides": 2}}, "does not know strides; known are device_budget"),
         ({"block": [2]}, "must be a block"),
-        ({"block": {"overlap": "backward"}}, "overlap='backward' is not available"),
+        ({"block": {"overlap": "sideways"}}, "overlap='sideways' is not known"),
+        (
+            {"block": {"overlap": "next_forward"}, "zero": {"zero_quantized_weights": True}},
+            "overlap='next_forward' cannot be with zero_quantized_weights",
+        ),
         ({"block": {"state_format": "int8"}}, "state_format='int8' is not available"),
         ({"block": {"plan": "host", "update_stride": 2}}, "in 2 ways"),
         ({"block": {"resident_fraction": 0.5}, "stage": 2}, "needs ZeRO stage 3 and this is stage 2"),

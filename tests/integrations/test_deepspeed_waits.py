@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from offload.pending import PendingParameter, PendingTensor
+from offload.runtime import Runtime
 from tests.integrations.deepspeed_training import close, config, engine_of, ours, tokens_of, train
 from tests.training import assert_same_bits
 
@@ -86,3 +88,105 @@ def test_a_missing_wait_of_the_update_is_reported(ds: ModuleType, stage: int, mo
     train(engine, 2, first=1)
     assert ds.races()
     close(engine)
+
+
+def readers(engine: Any) -> list[Tensor]:
+    """What the next forward reads parameters through."""
+    return [getattr(param, "ds_tensor", param) for param in engine.module.parameters()]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_step_returns_before_its_update_is_done(ds: ModuleType, stage: int) -> None:
+    """Also where DeepSpeed keeps small parameters gathered: they are gathered by the modules that read them."""
+    found = config(stage)
+    del found["zero_optimization"]["stage3_param_persistence_threshold"]
+    ds.configure("lazy")
+    engine = engine_of(ours(found, update_stride=2))
+    train(engine, 1)
+    assert stage == 2 or engine.optimizer.persistent_parameters
+    engine.backward(engine(tokens_of(1)))
+    engine.step()
+    assert {type(tensor) for tensor in readers(engine)} <= {PendingTensor, PendingParameter}
+    train(engine, 1, first=2)
+    assert ds.races() == []
+    close(engine)
+
+
+@pytest.mark.parametrize(
+    ("stage", "kept"),
+    [(3, "gradients"), (3, "parameters"), (2, "parameters"), pytest.param(1, "parameters", marks=pytest.mark.slow)],
+)
+def test_a_reader_that_does_not_wait_is_reported(
+    ds: ModuleType, stage: int, kept: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the aliases of ``kept`` missing among those that are pending, DeepSpeed reads or writes too early."""
+    from deepspeed.utils import safe_set_full_grad
+
+    from offload.integrations.deepspeed.partition import FlatPartition
+
+    by_subgroup = FlatPartition._by_subgroup
+
+    def without(self: FlatPartition, aliases: Any) -> Any:
+        read = {id(tensor) for tensor in readers(engine)}
+        are_read = kept == "parameters"
+        left = [[alias for alias in group if (id(alias.tensor) in read) != are_read] for group in aliases]
+        return by_subgroup(self, left)
+
+    ds.configure("lazy")
+    engine = engine_of(ours(config(stage), plan="device"))
+    train(engine, 1)
+    assert ds.races() == []
+    monkeypatch.setattr(FlatPartition, "_by_subgroup", without)
+    for micro_step in (1, 2):
+        engine.backward(engine(tokens_of(micro_step)))
+        engine.step()
+        if kept == "gradients":  # forward waits for all that gets a gradient: left is who sets one by himself
+            for param in engine.module.parameters():
+                safe_set_full_grad(param, torch.ones(param.ds_shape, device="sim"))
+    assert ds.races()
+    close(engine)
+
+
+def test_ranks_gather_parameters_that_are_updated(ds: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages 1 and 2 with other ranks, which a loopback group stands for: their gathering must find new parameters."""
+    from offload.integrations.deepspeed.stage12 import OffloadedStage12
+    from offload.integrations.deepspeed.update import ShardUpdate
+
+    monkeypatch.setattr(OffloadedStage12, "_gathers", True)
+    for waits in (True, False):
+        ds.configure("lazy")
+        engine = engine_of(ours(config(2), plan="device"))
+        train(engine, 1)
+        if not waits:
+            monkeypatch.setattr(ShardUpdate, "finish", lambda self: None)
+        train(engine, 2, first=1)
+        assert bool(ds.races()) != waits
+        close(engine)
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_gradient_that_is_set_after_it_went_down_goes_again(
+    ds: ModuleType, waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deepspeed.utils import safe_set_full_grad
+
+    if not waits:
+        monkeypatch.setattr(Runtime, "before_gradient", lambda self, index: None)
+    found, went_down = [], []
+    for overlap in ("none", "backward"):
+        ds.configure("lazy")
+        engine = engine_of(ours(config(3), plan="host", overlap=overlap))
+        begun = engine.optimizer.offloaded.partition.runtime._early
+
+        def set_gradients(step: int, engine: Any = engine, begun: Any = begun) -> None:
+            went_down.append(len(begun._begun))
+            for param in engine.module.parameters():
+                safe_set_full_grad(param, torch.full(param.ds_shape, 0.5 + step, device="sim"))
+
+        found.append(train(engine, 3, before_step=set_gradients))
+        close(engine)
+        assert ds.races() == [] or not waits
+    assert went_down == [0, 0, 0, 0, 2, 2]  # how many gradients a step has is what the one before had
+    assert bool(ds.races()) != waits
+    if waits:
+        assert_same_bits(found[1], found[0])

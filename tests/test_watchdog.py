@@ -1,0 +1,107 @@
+"""Waits end, and say what they waited for. Nothing here waits for a clock: what is late is late for ever."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from concurrent.futures import Future
+from types import ModuleType
+
+import pytest
+import torch
+
+import offload
+from offload import watchdog
+from offload.accelerators import accelerator_for
+from offload.lanes import Work
+from offload.lanes.accelerator import HostLane
+from offload.watchdog import StuckStepError, timeout_s, wait_for
+from tests.training import loss_of, mlp
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OFFLOAD_TIMEOUT_S", "0.05")
+    monkeypatch.setattr(watchdog, "_LOOK_S", 0.02)
+
+
+def test_timeout_is_the_environments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OFFLOAD_TIMEOUT_S", raising=False)
+    assert timeout_s() == 600
+    monkeypatch.setenv("OFFLOAD_TIMEOUT_S", "2.5")
+    assert timeout_s() == 2.5
+    for value in ("0", "-1", "soon", "nan"):
+        monkeypatch.setenv("OFFLOAD_TIMEOUT_S", value)
+        with pytest.raises(ValueError, match="OFFLOAD_TIMEOUT_S must be a positive number of seconds"):
+            timeout_s()
+
+
+def test_what_is_done_costs_no_look_at_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OFFLOAD_TIMEOUT_S", "nonsense")
+    future: Future[int] = Future()
+    future.set_result(3)
+    assert wait_for(future, lambda: "", []) == 3
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_wait_that_does_not_end_says_for_what() -> None:
+    with pytest.raises(StuckStepError, match=r"^the step waits for C3@0: not done after 0.05 s.*OFFLOAD_TIMEOUT_S"):
+        wait_for(Future(), lambda: "the step waits for C3@0", [threading.current_thread()])
+
+
+def test_an_error_that_is_a_timeout_is_not_taken_for_one() -> None:
+    future: Future[int] = Future()
+    future.set_exception(TimeoutError("of the work itself"))
+    with pytest.raises(TimeoutError, match="of the work itself"):
+        wait_for(future, lambda: "", [])
+
+
+@pytest.mark.usefixtures("impatient")
+def test_stuck_worker_is_named_with_what_it_does(sim: ModuleType) -> None:
+    lane, release = HostLane(accelerator_for(torch.device("sim", 0))), threading.Event()
+    blocked = lane.submit(Work("C3@0", run=lambda: (release.wait(), None)[1]))
+    behind = lane.submit(Work("C5@1"), after=(blocked,))
+    try:
+        with pytest.raises(StuckStepError, match="waits for C5@1 of lane host, whose worker runs C3@0: not done"):
+            behind.synchronize()
+    finally:
+        release.set()
+    blocked.synchronize()
+    behind.synchronize()
+
+
+def test_dead_worker_is_found(sim: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between two pieces of work: the next is lost, and nobody would ever answer."""
+    monkeypatch.setattr(watchdog, "_LOOK_S", 0.02)
+    lane = HostLane(accelerator_for(torch.device("sim", 0)))
+    lane.submit(Work("C0@0")).synchronize()
+    (thread,) = lane._worker.started
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
+    event = lane.submit(Work("C1@0"))
+    with pytest.raises((StuckStepError, SystemExit)) as raised:
+        event.synchronize()
+    if raised.type is StuckStepError:  # else it died within the work, and the work says so
+        assert f"its thread {thread.name!r} has died" in str(raised.value)
+
+
+def step_whole(optimizer: offload.AdamW) -> None:
+    optimizer.step()
+    optimizer.synchronize()
+
+
+@pytest.mark.usefixtures("impatient", "one_torch_thread")
+@pytest.mark.parametrize("overlap", ["none", "next_forward"])
+def test_stuck_step_of_an_optimizer(sim: ModuleType, monkeypatch: pytest.MonkeyPatch, overlap: str) -> None:
+    model = mlp(device="sim")
+    optimizer = offload.AdamW(model.parameters(), plan="host", subgroup_numel=600, overlap=overlap)
+    release = threading.Event()
+    monkeypatch.setattr(optimizer.runtime.accelerator, "begin_host_task", release.wait)
+    monkeypatch.setattr(optimizer.runtime.lanes.host._accelerator, "begin_host_task", release.wait)
+    loss_of(model, 0).backward()
+    try:
+        with pytest.raises(StuckStepError, match="waits for C0@0 of lane host, whose worker runs C0@0"):
+            step_whole(optimizer)
+    finally:
+        release.set()
+    with pytest.raises(RuntimeError, match="this optimizer is broken"):
+        optimizer.step()
