@@ -403,7 +403,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
 def test_everything_is_on_the_disk_before_the_index_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A power failure loses what was not synced: every file, and every folder after its last change of names."""
     unsynced: set[str] = set()
-    real_sync, real_replace, real_rename = os.fsync, os.replace, os.rename
+    real_sync, real_replace, real_rename, real_make = os.fsync, os.replace, os.rename, os.mkdir
 
     def name_of(descriptor: int) -> str:
         return os.readlink(f"/proc/self/fd/{descriptor}")
@@ -424,6 +424,10 @@ def test_everything_is_on_the_disk_before_the_index_names_it(tmp_path: Path, mon
         real_replace(source, target)
         unsynced.add(str(Path(target).parent))
 
+    def make_folder(path: Any, *args: Any) -> None:
+        real_make(path, *args)
+        unsynced.add(str(Path(path).parent))
+
     synced: set[str] = set()
 
     def noting(descriptor: int) -> None:
@@ -432,6 +436,7 @@ def test_everything_is_on_the_disk_before_the_index_names_it(tmp_path: Path, mon
 
     monkeypatch.setattr(os, "fsync", noting)
     monkeypatch.setattr(os, "rename", rename)
+    monkeypatch.setattr(os, "mkdir", make_folder)
     monkeypatch.setattr(os, "replace", replace)
     saved_at(tmp_path / "a")
     assert not unsynced

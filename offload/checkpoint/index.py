@@ -118,7 +118,7 @@ class Index:
 
     @classmethod
     def _of_content(cls, content: Mapping[str, Any]) -> Index:
-        groups = tuple(_decoded(_a(dict, group, "a group")) for group in _of(content, "groups", list))
+        groups = tuple(_group(group) for group in _of(content, "groups", list))
         aliases = _of(content, "aliases", dict)
         if not all(isinstance(target, str) for target in aliases.values()):
             raise CheckpointError("aliases are not all names")
@@ -201,7 +201,11 @@ def _decoded(value: Any) -> Any:
         return tuple(_decoded(each) for each in _a(list, value[_TUPLE], "a tuple"))
     if value.keys() == {_TENSOR}:
         return _tensor(value[_TENSOR])
-    return {key: _decoded(each) for key, each in value.items()}
+    raise CheckpointError(f"a hyper-parameter is {str(value)[:80]!r}")
+
+
+def _group(value: object) -> dict[str, Any]:
+    return {key: _decoded(each) for key, each in _a(dict, value, "a group").items()}
 
 
 def _tensor(value: object) -> Tensor:
@@ -212,5 +216,5 @@ def _tensor(value: object) -> Tensor:
         raise CheckpointError(f"a tensor of one element has shape {str(values[2])[:80]!r}")
     try:
         return torch.tensor(values[0], dtype=DTYPES[values[1]]).view(values[2])
-    except (RuntimeError, OverflowError) as error:
+    except (RuntimeError, OverflowError, ValueError) as error:
         raise CheckpointError(f"a tensor is {str(value)[:80]!r}: {error}") from None
