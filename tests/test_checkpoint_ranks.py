@@ -153,6 +153,7 @@ def test_a_parameter_that_no_rank_holds_is_missed(tmp_path: Path) -> None:
         assert "2 parameters that no optimizer here holds, first '2.weight'" in str(refused)
 
 
+@pytest.mark.slow  # four processes, one after another
 def test_two_processes_and_torchs_distributed_checkpoint(tmp_path: Path) -> None:
     """1 -> 2 -> 2 -> 1 over gloo, in this package's format and in torch's; see ``main`` of checkpoint_ranks.py."""
     import torch.distributed.checkpoint as dcp
