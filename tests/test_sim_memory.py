@@ -10,6 +10,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from offload.accelerators import sim_device
+
 
 def test_out_of_memory(sim: ModuleType) -> None:
     sim.configure(capacity="8MiB")
@@ -26,12 +28,23 @@ def test_out_of_memory_gives_cache_back_first(sim: ModuleType) -> None:
     assert torch.accelerator.memory_stats()["num_ooms"] == 0
 
 
-def test_capacity_cannot_change_under_tensors(sim: ModuleType) -> None:
+def test_capacity_cannot_change_under_tensors(sim: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sim_device, "RELEASE_TIMEOUT_S", 0.0)
     x = torch.ones(1000, device="sim")
     with pytest.raises(RuntimeError, match="4096 bytes of device memory are in use"):
         sim.configure(capacity="2GiB")
     sim.configure("lazy", capacity="1GiB")  # unchanged
     assert x.sum().item() == 1000
+
+
+def test_capacity_waits_for_tensors_that_other_threads_let_go_of(
+    sim: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Autograd's threads drop the last of a backward that failed only after the error is out."""
+    held = [torch.ones(1000, device="sim")]
+    monkeypatch.setattr(sim_device.time, "sleep", lambda seconds: held.clear())
+    sim.configure(capacity="2GiB")
+    assert torch.accelerator.get_memory_info() == (2 << 30, 2 << 30)
 
 
 @pytest.mark.parametrize("capacity", [0, -1, "1 parsec", "GiB", "0GiB"])

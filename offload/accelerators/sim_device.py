@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
+import time
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils import backend_registration
 from offload.accelerators import sim_inductor, sim_process_group
 from offload.accelerators.sim_build import load_extension
 
+RELEASE_TIMEOUT_S = 2.0
 _UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 _extension: Any = None
@@ -130,13 +132,25 @@ def set_capacity(capacity: int | str, device: int | None = None) -> None:
     for index in devices(device):
         if capacity_bytes == extension.capacity(index):
             continue
-        gc.collect()  # tensors in reference cycles would count as live
-        if extension.live_bytes(index):
+        if not _is_empty(index):
             raise RuntimeError(
                 f"capacity cannot change while {extension.live_bytes(index)} bytes of device memory are in use on "
                 f"sim:{index}: delete those tensors first"
             )
         extension.set_capacity(index, capacity_bytes)
+
+
+def _is_empty(index: int) -> bool:
+    """Whether no tensor is on the device. One that is only just being let go of is waited for.
+
+    Tensors in reference cycles would count as live; and autograd's threads, as other workers, drop what they had
+    of a backward a moment after whoever waited for it has gone on.
+    """
+    gc.collect()
+    deadline = time.monotonic() + RELEASE_TIMEOUT_S
+    while loaded().live_bytes(index) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return not loaded().live_bytes(index)
 
 
 def _index_of(device: torch.device | int | None) -> int:

@@ -48,7 +48,7 @@ def test_example_of_the_page(sim: ModuleType, tmp_path: Path) -> None:
     )
     (tmp_path / "test_fixed.py").write_text(test.replace("from prefetch import", "from fixed import"))
     (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = --strict-markers\n")
-    printed = run_pytest(tmp_path, "-v", "--tb=short")
+    printed = run_pytest(tmp_path, "-v", "--tb=short", "-rN")  # under CI, pytest's summary repeats whole reports
     for executor in ALL:
         assert re.search(rf"test_prefetch\.py::test_batches_arrive\[{executor}\] FAILED", printed), printed
         assert re.search(rf"test_fixed\.py::test_batches_arrive\[{executor}\] PASSED", printed), printed
