@@ -131,6 +131,7 @@ def _attach(
         device=device,
         blocks=units,
         resident=[name for name in units if _place_of(name, where) not in _OFFLOADED],
+        experts=None,
         reserve=0,
         disk=offload_dir if "disk" in kinds else None,
         verbose=False,

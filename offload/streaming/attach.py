@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from os import PathLike
 
 import torch
@@ -10,13 +11,15 @@ from torch import nn
 
 from offload.accelerators import accelerator_for
 from offload.hardware import HardwareProfile
-from offload.pool import parse_bytes
+from offload.pool import BudgetError, parse_bytes
+from offload.streaming.arena import ALIGN_BYTES
 from offload.streaming.blocks import collect_weights, find_blocks
 from offload.streaming.checkpoint import is_mapped, spill
+from offload.streaming.experts import Experts, find_experts
 from offload.streaming.handle import Parts, Refusal, StreamHandle, device_bytes_of
 from offload.streaming.newcomers import all_tensors
 from offload.streaming.packing import Packing
-from offload.streaming.placement import Room, place
+from offload.streaming.placement import Room, StreamPlan, place
 from offload.streaming.prediction import Machine
 
 _RESERVE_SHARE = 8  # of the budget is left for activations and caches where nobody says how much they take
@@ -31,6 +34,7 @@ def stream(
     window: int | None = None,
     evict_batch: int = 1,
     resident: str | int | Sequence[str] = "auto",
+    experts: str | int | None = "auto",
     reserve: int | str | None = None,
     disk: str | PathLike[str] | None = None,
     profile: HardwareProfile | str | PathLike[str] | None = None,
@@ -54,6 +58,9 @@ def stream(
         evict_batch: finished blocks that give up their places together (the paper's k').
         resident: "auto" keeps what the budget holds on the device; a number of bytes, or a size as "2GiB", is an upper
             bound on that; names are exactly the blocks that stay.
+        experts: device memory that caches a mixture's experts, which are loaded when they are routed to: "auto" takes
+            what blocks leave of the budget; a number of bytes, or a size, is an upper bound; None streams experts with
+            their block.
         reserve: part of the budget left for activations, caches, gradients and adapters; None for an eighth of it.
         disk: keep streamed weights in files of this folder instead of host memory, and read them ahead into a pinned
             ring of a few blocks. Weights that are mapped from a checkpoint there already stay in its files.
@@ -74,15 +81,18 @@ def stream(
     reserve_bytes = parse_bytes(reserve, "reserve")
     reserve_bytes = budget_bytes // _RESERVE_SHARE if reserve_bytes is None else reserve_bytes
     accelerator = accelerator_for(_device(device))
-    found = collect_weights(model, find_blocks(model, blocks))
-    if not found:
+    modules = find_blocks(model, blocks)
+    mixture = Experts() if experts is None else find_experts(model, modules)
+    found = collect_weights(model, modules, without=mixture.tensors())
+    if not found and not mixture:
         raise ValueError("no block has weights of its own to stream; name others with blocks=[...]")
     packings = [Packing(block.weights) for block in found]
-    in_blocks = {id(weight.tensor) for block in found for weight in block.weights}
-    base = [tensor for tensor in all_tensors(model) if id(tensor) not in in_blocks]
+    visiting = {id(weight.tensor) for block in found for weight in block.weights} | {id(t) for t in mixture.tensors()}
+    base = [tensor for tensor in all_tensors(model) if id(tensor) not in visiting]
     room = Room(
         budget_bytes=budget_bytes,
         base_bytes=device_bytes_of(base),
+        experts_bytes=mixture.least_cache_bytes,
         reserve_bytes=reserve_bytes,
         window=window,
         evict_batch=evict_batch,
@@ -94,8 +104,10 @@ def stream(
     machine = None if profile is None else machine_of(profile, block_bytes)
     plan = place([block.name for block in found], block_bytes, room, machine)
     if disk is not None:
-        spill([found[i] for i in plan.streamed if not is_mapped(found[i])], disk)
-    parts = Parts(model, found, packings, base, plan, room, is_mapped=disk is not None)
+        units = [found[i] for i in plan.streamed] + mixture.as_blocks()
+        spill([unit for unit in units if not is_mapped(unit)], disk)
+    room = replace(room, experts_bytes=cache_bytes(mixture, plan, room, experts))
+    parts = Parts(model, found, packings, base, mixture, plan, room, is_mapped=disk is not None)
     try:
         handle = StreamHandle(parts, accelerator, progress=progress)
     except BaseException:  # out of memory; each weight was moved as a whole or not at all
@@ -106,6 +118,19 @@ def stream(
     if verbose:
         print(handle.explain())
     return handle
+
+
+def cache_bytes(experts: Experts, plan: StreamPlan, room: Room, limit: str | int | None) -> int:
+    """The cache of experts: what blocks leave of the budget, as far as there are experts, and the user's limit."""
+    if not experts:
+        return 0
+    left_bytes = room.experts_bytes + room.blocks_bytes - plan.resident_bytes - plan.arena_bytes
+    most_bytes = left_bytes if limit == "auto" else parse_bytes(limit, "experts") or 0
+    if most_bytes < room.experts_bytes:
+        raise BudgetError(
+            f"experts={limit!r} is less than two experts, {room.experts_bytes} bytes, which the cache needs at least"
+        )
+    return min(sum(experts.expert_bytes()), left_bytes, most_bytes // ALIGN_BYTES * ALIGN_BYTES)
 
 
 def _resident(resident: str | int | Sequence[str]) -> str | int | tuple[str, ...]:
