@@ -8,6 +8,7 @@ leaves keeps blocks on the device. How many places pay is found by predicting a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -140,6 +141,8 @@ class Room:
     Attributes:
         budget_bytes: of device memory, of which ``base_bytes`` are taken by weights outside blocks,
             ``experts_bytes`` at least by the cache of experts, and ``reserve_bytes`` left free.
+        gradient_share: of the bytes of blocks, those whose gradients stay on the device if the block does. They come as
+            activations go, of which ``freed_bytes`` make room for them.
         window: places for streamed blocks; None leaves it to the prediction.
         resident: "auto" fills the budget; bytes are an upper bound on resident blocks; names are exactly those that
             stay.
@@ -149,6 +152,8 @@ class Room:
     base_bytes: int = 0
     experts_bytes: int = 0
     reserve_bytes: int = 0
+    gradient_share: float = 0.0
+    freed_bytes: int = 0
     window: int | None = None
     evict_batch: int = 1
     resident: str | int | tuple[str, ...] = "auto"
@@ -157,6 +162,10 @@ class Room:
     def blocks_bytes(self) -> int:
         """For resident blocks and places."""
         return self.budget_bytes - self.base_bytes - self.experts_bytes - self.reserve_bytes
+
+    def gradient_bytes(self, resident_bytes: int) -> int:
+        """Beyond the reserve, of resident blocks of so many bytes."""
+        return max(0, math.ceil(self.gradient_share * resident_bytes) - self.freed_bytes)
 
 
 def place(names: Sequence[str], block_bytes: Sequence[int], room: Room, machine: Machine | None = None) -> StreamPlan:
@@ -200,7 +209,7 @@ def _fill(names: Sequence[str], block_bytes: Sequence[int], room: Room, window: 
     for streamed in _candidates(names, block_bytes, room.resident):
         arena_bytes = arena_bytes_for(block_bytes, streamed, window)
         resident_bytes = sum(block_bytes) - sum(block_bytes[i] for i in streamed)
-        if resident_bytes + arena_bytes <= room.blocks_bytes:
+        if resident_bytes + room.gradient_bytes(resident_bytes) + arena_bytes <= room.blocks_bytes:
             return StreamPlan(tuple(names), tuple(block_bytes), streamed, window, room.evict_batch, arena_bytes)
     return None
 
