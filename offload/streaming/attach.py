@@ -73,7 +73,8 @@ def stream(
         disk: keep streamed weights in files of this folder instead of host memory, and read them ahead into a pinned
             ring of a few blocks. Weights that are mapped from a checkpoint there already stay in its files.
         profile: the machine to predict passes for; None measures the link and predicts that alone.
-        progress: show a progress bar over the blocks of each pass (needs tqdm).
+        progress: show a progress bar over the blocks of each pass, or of all passes of a ``generate()``, with the time
+            to go (needs tqdm).
         verbose: print where everything lives and how long a pass should take.
 
     Raises:

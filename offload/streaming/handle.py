@@ -25,7 +25,7 @@ from offload.streaming.order import CallOrder
 from offload.streaming.packing import PackedLayer, Packing
 from offload.streaming.placement import Room, StreamBill, StreamPlan
 from offload.streaming.prediction import Machine, PassPrediction
-from offload.streaming.progress import Progress
+from offload.streaming.progress import Progress, WatchedGenerate
 from offload.streaming.sources import HostSource
 from offload.streaming.streamer import Streamer
 from offload.streaming.wrapping import WrappedForward
@@ -133,7 +133,10 @@ class StreamHandle:
             units, self._layers, self._arena, engine, self._lanes, before_pass=self._before_pass, progress=bar
         )
         self._newcomers = Newcomers(parts.model)
-        self._wrapped = self._wrap(blocks, units, parts.experts.fused)
+        self._wrapped: list[WrappedForward | FusedForward | WatchedGenerate] = []
+        self._wrap(blocks, units, parts.experts.fused)
+        if bar is not None and hasattr(parts.model, "generate"):
+            self._wrapped.append(WatchedGenerate(parts.model, bar))
 
     def _make_cache(self, parts: Parts, first: int) -> ExpertCache | None:
         if not parts.experts:
@@ -154,9 +157,7 @@ class StreamHandle:
         )
         return engine if self.expert_cache is None else BlocksAndExperts(engine, self.expert_cache, num_blocks)
 
-    def _wrap(
-        self, blocks: Sequence[Block], units: Sequence[Block], fused: Sequence[FusedExperts]
-    ) -> list[WrappedForward | FusedForward]:
+    def _wrap(self, blocks: Sequence[Block], units: Sequence[Block], fused: Sequence[FusedExperts]) -> None:
         refusal = Refusal(type(self._model).__name__)
         visitors = [unit.module for unit in units] + [group.module for group in fused]
         visited = {id(module) for module in visitors}
@@ -164,17 +165,14 @@ class StreamHandle:
         self._guarded = [*around, *visitors]
         for module in self._guarded:
             module.__dict__["_apply"] = refusal
-        wrapped: list[WrappedForward | FusedForward] = [
-            WrappedForward(module, self._streamer.around_model) for module in around
-        ]
+        self._wrapped += [WrappedForward(module, self._streamer.around_model) for module in around]
         for layer, unit in enumerate(units):
-            wrapped.append(WrappedForward(unit.module, partial(self._streamer.around_block, layer)))
+            self._wrapped.append(WrappedForward(unit.module, partial(self._streamer.around_block, layer)))
         first = len(units)
         for group in fused:
             assert self.expert_cache is not None
-            wrapped.append(FusedForward(group, first, self._streamer, self.expert_cache))
+            self._wrapped.append(FusedForward(group, first, self._streamer, self.expert_cache))
             first += group.num_experts
-        return wrapped
 
     # ---- while it streams
 

@@ -123,7 +123,7 @@ class _Call:
         self._is_recomputation = inside_backward()
         if self._is_recomputation:
             streamer.backward.bring(self._layer)  # and it stays for the backward that follows
-        elif streamer.progress is not None:
+        elif streamer.progress is not None and self._layer < streamer.progress.num_layers:
             streamer.progress.note()
         streamer.visits.begin(self._layer)
         self._hooks = streamer.saving()
