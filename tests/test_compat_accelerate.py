@@ -59,6 +59,9 @@ CALLS: dict[str, Callable[[nn.Module, Path], nn.Module]] = {
     "map": lambda model, path: compat.dispatch_model(
         model, {"linear1": "cpu", "norm": "cpu", "linear2": 0}, offload_dir=path
     ),
+    "map to both": lambda model, path: compat.dispatch_model(
+        model, {"linear1": "disk", "norm": "cpu", "linear2": "cpu"}, offload_dir=path
+    ),
     "map to disk": lambda model, path: compat.dispatch_model(
         model, {"linear1": "disk", "norm": 0, "linear2": "disk"}, offload_dir=path
     ),
@@ -108,9 +111,7 @@ def test_a_map_without_offloading_moves_the_model(sim: ModuleType) -> None:
     ("arguments", "message"),
     [
         ({"device_map": {"": "cpu"}, "state_dict": {}}, "state_dict is not available"),
-        ({"device_map": {"": "cpu"}, "offload_buffers": True}, "offload_buffers is not available"),
         ({"device_map": {"layers": 0, "": 1}}, "one accelerator"),
-        ({"device_map": {"layers": "cpu", "": "disk"}, "offload_dir": "x"}, "give one of them"),
         ({"device_map": {"": "disk"}}, "offload_dir"),
         ({"device_map": {"layers": "cpu"}}, "says nothing about 'embedding'"),
     ],

@@ -14,7 +14,7 @@ from offload.hardware import HardwareProfile
 from offload.pool import BudgetError, parse_bytes
 from offload.streaming.activations import Example, Workload, activations
 from offload.streaming.arena import ALIGN_BYTES
-from offload.streaming.blocks import collect_weights, find_blocks
+from offload.streaming.blocks import Block, collect_weights, find_blocks
 from offload.streaming.checkpoint import is_mapped, spill
 from offload.streaming.experts import Experts, find_experts
 from offload.streaming.handle import Parts, Refusal, StreamHandle, device_bytes_of
@@ -40,6 +40,7 @@ def stream(
     example: Example | None = None,
     new_tokens: int = 0,
     disk: str | PathLike[str] | None = None,
+    disk_blocks: Sequence[str] | None = None,
     profile: HardwareProfile | str | PathLike[str] | None = None,
     progress: bool = False,
     verbose: bool = True,
@@ -72,6 +73,7 @@ def stream(
         new_tokens: most tokens that ``generate()`` adds to those of ``example``.
         disk: keep streamed weights in files of this folder instead of host memory, and read them ahead into a pinned
             ring of a few blocks. Weights that are mapped from a checkpoint there already stay in its files.
+        disk_blocks: names of blocks that ``disk`` is for, the others staying in host memory; None for all.
         profile: the machine to predict passes for; None measures the link and predicts that alone.
         progress: show a progress bar over the blocks of each pass, or of all passes of a ``generate()``, with the time
             to go (needs tqdm).
@@ -118,15 +120,15 @@ def stream(
     block_bytes = [packing.num_bytes for packing in packings]
     machine = None if profile is None else machine_of(profile, block_bytes)
     plan = place([block.name for block in found], block_bytes, room, machine)
+    on_disk = _on_disk([found[i] for i in plan.streamed] + mixture.as_blocks(), disk, disk_blocks)
     if disk is not None:
-        units = [found[i] for i in plan.streamed] + mixture.as_blocks()
-        spill([unit for unit in units if not is_mapped(unit)], disk)
+        spill([unit for unit in on_disk if not is_mapped(unit)], disk)
     room = replace(
         room,
         experts_bytes=cache_bytes(mixture, plan, room, experts),
         reserve_bytes=room.reserve_bytes + room.gradient_bytes(plan.resident_bytes),
     )
-    parts = Parts(model, found, packings, base, mixture, plan, room, is_mapped=disk is not None)
+    parts = Parts(model, found, packings, base, mixture, plan, room, mapped=frozenset(unit.name for unit in on_disk))
     try:
         handle = StreamHandle(parts, accelerator, progress=progress)
     except BaseException:  # out of memory; each weight was moved as a whole or not at all
@@ -147,6 +149,15 @@ def _workload(model: nn.Module, example: Example | None, new_tokens: int, reserv
     if reserve is not None:
         raise ValueError("give reserve or example, not both: an example predicts what to reserve")
     return Workload(example, new_tokens, trains=model.training and any(p.requires_grad for p in model.parameters()))
+
+
+def _on_disk(units: Sequence[Block], disk: str | PathLike[str] | None, names: Sequence[str] | None) -> list[Block]:
+    """The streamed blocks and experts that live in files."""
+    if disk is None:
+        if names is not None:
+            raise ValueError("disk_blocks names what lives on disk; say in which folder with disk")
+        return []
+    return [unit for unit in units if names is None or unit.name in names]
 
 
 def _trained_share(weights: Sequence[Tensor]) -> float:

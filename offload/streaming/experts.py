@@ -11,7 +11,7 @@ import functools
 import inspect
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -153,18 +153,18 @@ class ExpertSlice(PackedLayer):
         return sum(sys.getrefcount(view) for view in self._visiting[1])
 
 
-def expert_layers(experts: Experts, host: HostMemory, *, is_mapped: bool) -> list[PackedLayer]:
+def expert_layers(experts: Experts, host: HostMemory, mapped: Container[str]) -> list[PackedLayer]:
     """Every expert as a layer, in the order of :meth:`Experts.expert_bytes`; moved to memory of ``host``, or left in
-    the mapped files that they are in."""
+    the mapped files that those named in ``mapped`` are in."""
     layers: list[PackedLayer] = []
     for block in experts.separate:
         packing = Packing(block.weights)
-        if is_mapped:
+        if block.name in mapped:
             layers.append(PackedLayer.mapped(block.weights, packing))
         else:
             layers.append(PackedLayer.in_memory(block.weights, packing, *host.slab(packing.num_bytes)))
     for fused in experts.fused:
-        pinned = [] if is_mapped else [_move_to(host, param) for param in fused.params]
+        pinned = [] if fused.name in mapped else [_move_to(host, param) for param in fused.params]
         is_pinned, packing = bool(pinned) and all(pinned), fused.packing
         layers += [ExpertSlice(fused, i, packing, is_pinned=is_pinned) for i in range(fused.num_experts)]
     return layers

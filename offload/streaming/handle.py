@@ -45,7 +45,7 @@ class Parts:
     Attributes:
         blocks, packings: every block, and how its weights lie together.
         base: parameters and buffers that are no streamed weights of any block, and no experts.
-        is_mapped: the weights of streamed blocks and experts lie in mapped files, and stay there.
+        mapped: names of the streamed blocks and experts whose weights lie in mapped files, and stay there.
     """
 
     model: nn.Module
@@ -55,7 +55,7 @@ class Parts:
     experts: Experts
     plan: StreamPlan
     room: Room
-    is_mapped: bool
+    mapped: frozenset[str]
 
 
 class Refusal:
@@ -102,11 +102,11 @@ class StreamHandle:
         host = HostMemory(accelerator)
         self._layers = [
             PackedLayer.mapped(blocks[i].weights, packings[i])
-            if parts.is_mapped
+            if blocks[i].name in parts.mapped
             else PackedLayer.in_memory(blocks[i].weights, packings[i], *host.slab(packings[i].num_bytes))
             for i in plan.streamed
         ]
-        self._layers += expert_layers(parts.experts, host, is_mapped=parts.is_mapped)
+        self._layers += expert_layers(parts.experts, host, parts.mapped)
         for i in plan.resident:
             _move_packed(blocks[i], packings[i], self._device)
         for tensor in self._base:
