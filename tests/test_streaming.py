@@ -483,6 +483,13 @@ def test_moving_a_model_that_streams_is_refused(move: Callable[[nn.Module], obje
     move(model)
 
 
+def test_cuda_on_a_model_that_streams_is_refused() -> None:
+    model = build()
+    streamed(model)
+    with pytest.raises(RuntimeError, match=r"call remove\(\)"):
+        model.cuda()
+
+
 def test_streaming_twice_is_refused() -> None:
     model = build()
     streamed(model)
