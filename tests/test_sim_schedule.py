@@ -118,7 +118,7 @@ def test_work_that_is_told_of_late_takes_its_place_in_the_past(sim: ModuleType, 
         assert sim.host_time_s() == pytest.approx(3.5 * COPY_S)
         worker.submit(link.up).result()
         worker.submit(lambda: link.devices[1].copy_(link.hosts[0], non_blocking=True)).result()
-    assert times(sim)[-2:] == near((0, 1), (1, 2))
+    assert sorted(times(sim)[-2:]) == near((0, 1), (1, 2))
 
 
 def test_time_is_zero_again(sim: ModuleType, link: Link) -> None:
