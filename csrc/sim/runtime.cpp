@@ -45,7 +45,9 @@ Stream& Runtime::pool_stream(int device) {
     warn("more than " + std::to_string(kPoolSize) + " streams: this one is also another, whose work it waits for");
   Lock lock;
   const size_t id = 1 + state.next_in_pool++ % kPoolSize;
-  return id == state.streams.size() ? add_stream(device) : *state.streams[id];
+  Stream& stream = id == state.streams.size() ? add_stream(device) : *state.streams[id];
+  stream.turn = ++num_turns_;
+  return stream;
 }
 
 void Runtime::configure(const Settings& settings) {
@@ -113,6 +115,7 @@ void Runtime::charge(Stream& stream, const Operation& operation, NameId call_sit
     Task task;
     task.name = operation.name;
     task.stream = stream.id;
+    task.turn = stream.turn;
     task.device = stream.device;
     task.engine = operation.cost.engine;
     task.seconds = operation.cost.seconds(profile);

@@ -8,7 +8,7 @@ namespace sim {
 
 bool Schedule::InTurn::operator()(const Task* a, const Task* b) const {
   const auto turn = [](const Task& task) {
-    return std::tie(task.ready_s, task.enqueued_s, task.stream, task.seconds, task.order);
+    return std::tie(task.ready_s, task.enqueued_s, task.turn, task.seconds, task.order);
   };
   return turn(*a) < turn(*b);
 }

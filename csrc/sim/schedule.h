@@ -36,6 +36,7 @@ struct Moment {
 struct Task {
   NameId name = 0;  // none: it is not traced
   int stream = kHostStream;
+  uint64_t turn = 0;  // of its stream, among others that want the engine at the same instant
   int device = 0;
   Engine engine = Engine::kHost;
   double seconds = 0;           // while nothing else runs; none: it only marks a moment
@@ -66,7 +67,7 @@ class Schedule {
 
  private:
   static constexpr size_t kMaxRemembered = 1 << 19;
-  // First what was ready first, then what was enqueued first; then anything that no thread's luck decides.
+  // First what was ready first, then what was enqueued first; then what no thread's luck decides.
   struct InTurn {
     bool operator()(const Task* a, const Task* b) const;
   };
