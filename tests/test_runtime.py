@@ -229,7 +229,7 @@ def test_nothing_is_in_flight_when_buffers_are_replaced(sim: ModuleType, monkeyp
     """Their memory may be anybody's afterwards; here it becomes NaN."""
     sim.configure(executor="lazy")
     built = build(MIXED, "sim:0")
-    built.options = Options("auto", NO_LIMITS, None, None)
+    built.memory._options = built.in_force._options = Options("auto", NO_LIMITS, None, None)
     replace_stagings = built.pool.set_stagings
 
     def overwrite_and_replace(num_stagings: int, param_bytes: int) -> None:
