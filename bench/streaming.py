@@ -329,8 +329,8 @@ def report(result: dict[str, Any]) -> str:
         lines += [format_table(rows), ""]
     cached, whole, loads = (result["mixture"][key] for key in ("cached", "with their block", "loads per visit"))
     lines.append(
-        f"mixture (simulated), experts cached in half of their bytes: {cached * 1e3:.3f} ms a pass, {loads:.2f} loads a "
-        f"visit; with their block: {whole * 1e3:.3f} ms ({whole / cached:.2f}x)"
+        f"mixture (simulated), experts cached in half of their bytes: {cached * 1e3:.3f} ms a pass, {loads:.2f} loads "
+        f"a visit; with their block: {whole * 1e3:.3f} ms ({whole / cached:.2f}x)"
     )
     return "\n".join(lines)
 

@@ -59,12 +59,12 @@ def adapted() -> Any:
 @pytest.mark.parametrize(
     ("make", "run", "budget", "kwargs"),
     [
-        pytest.param(llama, call, BUDGET, {"example": {"input_ids": IDS, "use_cache": False}}, id="call"),
+        pytest.param(llama, call, BUDGET, {"example": {"input_ids": IDS, "use_cache": False}}, id="call", marks=pytest.mark.slow),
         pytest.param(
             llama, generate, BUDGET,
             {"example": {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}, "new_tokens": 6}, id="generate",
         ),
-        pytest.param(adapted, step, 16_000_000, {"example": {"input_ids": IDS, "labels": IDS}}, id="adapters"),
+        pytest.param(adapted, step, 16_000_000, {"example": {"input_ids": IDS, "labels": IDS}}, id="adapters", marks=pytest.mark.slow),
         pytest.param(
             lambda: llama().train(), step, 21_500_000, {"example": {"input_ids": IDS, "labels": IDS}}, id="full",
         ),
@@ -82,7 +82,6 @@ def test_the_bill_is_what_is_used(
         run(model)
     torch.accelerator.synchronize()
     used = torch.accelerator.max_memory_allocated()
-    print(handle.plan, used, handle.bill.device_bytes, budget, handle.bill.device_bytes / used)
     assert used <= handle.bill.device_bytes <= budget
     assert handle.bill.device_bytes <= 1.02 * used
 
