@@ -398,13 +398,13 @@ def test_a_cycle_that_does_not_fit_keeps_a_part_of_it() -> None:
 def test_hot_experts_stay_and_cool_down() -> None:
     lanes = ordering_lanes(AccessHistory())
     cache = sizes_cache(6, 3, lanes)
-    for step in range(40):
+    for step in range(100):
         cache.begin_pass()
         for expert in (0, 1, 2 + step % 4):
             visit(cache, lanes, expert)
     assert {0, 1} <= {*cache.held()}
-    assert cache.counts.num_loads == 2 + 40 + 1, "and one: after the first pass all three are equally hot"
-    for _ in range(2 * HALF_LIFE_PASSES):
+    assert cache.counts.num_loads == 2 + 100 + 1, "and one: after the first pass all three are equally hot"
+    for _ in range(3 * HALF_LIFE_PASSES // 2):
         cache.begin_pass()
         for expert in (4, 5):
             visit(cache, lanes, expert)
