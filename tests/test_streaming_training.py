@@ -93,6 +93,19 @@ def test_the_last_window_of_forward_is_the_first_of_backward(sim: ModuleType) ->
     assert [round((span.end_s - span.start_s) * 1e6) for span in uploads] == [BLOCK_BYTES] * (8 + 8 - 2)
 
 
+def test_gradients_of_two_layers_at_most_are_on_their_way(sim: ModuleType) -> None:
+    """Else a host that is ahead of its device would hold the gradients of all layers there."""
+    sim.configure("lazy")  # no copy runs before somebody waits for it
+    model = build()
+    streamed(model)
+    seen = []
+    model.layers[0].norm.weight.register_post_accumulate_grad_hook(
+        lambda param: seen.append(len([span for span in sim.trace() if span.engine == "d2h"]))
+    )
+    loss_of(model, 0).backward()
+    assert seen[0] >= 6 * (8 - 3), "six gradients a layer, of eight layers"
+
+
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_gradients_accumulate(sim: ModuleType, executor: str) -> None:
     sim.configure(executor)
