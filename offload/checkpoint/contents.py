@@ -9,24 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offload.checkpoint.index import Index, Param
+from offload.checkpoint.index import Description, Index, Param
 from offload.optimizer import OffloadedOptimizer
 from offload.tensor_file import NAMES, FileRecord, Kind, kind_of
 
 _FILE_BYTES = 1 << 28  # a file is closed when it has as many: few files, and no more than one need be read again
-
-
-@dataclass(frozen=True, slots=True)
-class Description:
-    """What one rank saves, without the tensors. See :class:`offload.checkpoint.index.Index`."""
-
-    optimizer: str
-    state_format: str
-    named: bool
-    groups: tuple[dict[str, Any], ...]
-    params: dict[str, Param]
-    has_model: bool
-    aliases: dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)
