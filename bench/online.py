@@ -102,7 +102,7 @@ class Machine:
             optimizer.step()
         optimizer.synchronize()
         self._disturb()
-        actions = [decision.action for decision in optimizer.runtime.decisions]
+        actions = [decision.action for decision in optimizer.runtime.in_force.decisions]
         reached_s, first_s = (_update_s(optimizer, plan) for plan in (optimizer.plan, first))
         return Reached(first_s / self.best_s, reached_s / self.best_s, actions)
 

@@ -33,8 +33,8 @@ def explain(runtime: Runtime) -> str:
             f"{_WHERE[placements[subgroup.index]]}"
         )
     lines += [f"memory: {runtime.bill}", f"plan: {runtime.plan}"]
-    if runtime.rates is not None:
-        rates = runtime.rates
+    if runtime.in_force.rates is not None:
+        rates = runtime.in_force.rates
         lines.append(
             f"measured: H2D {rates.h2d_bytes_per_s / 1e9:.2f} GB/s, D2H {rates.d2h_bytes_per_s / 1e9:.2f} GB/s, "
             f"CPU update {rates.host_update_params_per_s / 1e9:.3f} and device update "
@@ -43,13 +43,13 @@ def explain(runtime: Runtime) -> str:
         )
     if runtime.options.chooses_overlap:
         lines.append(_overlap(runtime))
-    lines += explain_decisions(runtime.decisions)
+    lines += explain_decisions(runtime.in_force.decisions)
     return "\n".join(lines)
 
 
 def _overlap(runtime: Runtime) -> str:
     """How the update hides, where ``overlap="auto"``, and why."""
-    step_s = runtime.decisions[-1].step_s if runtime.decisions else {}
+    step_s = runtime.in_force.decisions[-1].step_s if runtime.in_force.decisions else {}
     if not step_s:
         return f"overlap: {runtime.overlap}, until the times of forward and backward are known"
     times = [f"{seconds * 1e3:.2f} ms with {overlap}" for overlap, seconds in step_s.items()]

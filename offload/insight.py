@@ -75,7 +75,7 @@ class Insight(torch.optim.Optimizer):
             ValueError: if nothing is decided while training: another plan, a model on the CPU, one subgroup alone
                 without ``profile``, or a budget that lets no state visit the device.
         """
-        controller = self.runtime.controller
+        controller = self.runtime.in_force.controller
         if controller is None:
             raise ValueError("no decisions: only plan='auto' with states that may visit an accelerator takes any")
         controller.save(path)

@@ -119,7 +119,8 @@ class LiveStatus:
                 "device": budgets.device_bytes, "host": budgets.host_bytes, "pinned": budgets.pinned_bytes,
             },
             "lanes": busy_fraction(runtime.spans), "update_s": elapsed_s(runtime.spans),
-            "changes": self._changes, "decisions": [_decision(each) for each in list(runtime.decisions)[-MAX_CHANGES:]],
+            "changes": self._changes,
+            "decisions": [_decision(each) for each in list(runtime.in_force.decisions)[-MAX_CHANGES:]],
         }  # fmt: skip
 
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from offload.accelerators import Accelerator
-from offload.homes import Homes, settle
+from offload.adam import AdamSubgroup
+from offload.homes import NUM_STAGING, Homes, settle
+from offload.lanes import Lanes
+from offload.lanes.accelerator import StreamLane
+from offload.layout import Packed
 from offload.limits import host_limits, local_ranks
+from offload.options import Options
 from offload.policy import Policy
 from offload.pool import Budgets, MemoryBill, Pool, format_bytes
-from offload.state_layout import StateLayout
+from offload.state_layout import StateKind, StateLayout
 from offload.subgroup import Subgroup
 
 logger = logging.getLogger("offload")
@@ -117,3 +122,146 @@ def warn_of_ring(homes: Homes, subgroups: Sequence[Subgroup], bill: MemoryBill, 
         "locked memory, lower pinned_budget with plan='auto', or use plan='host'",
         format_bytes(num_bytes), why, format_bytes(bill.ring_bytes),
     )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Addition:
+    """Subgroups that are to join others. Nothing is allocated yet.
+
+    Attributes:
+        packed, layouts: of those that join.
+        subgroups: all, those that join last.
+        claim: what all of them will take.
+    """
+
+    packed: Sequence[Packed]
+    layouts: Sequence[StateLayout]
+    subgroups: Sequence[Subgroup]
+    claim: Claim
+
+    @property
+    def added(self) -> Sequence[Subgroup]:
+        """Those that join."""
+        return self.subgroups[len(self.subgroups) - len(self.packed) :]
+
+
+class SubgroupMemory:
+    """The subgroups of one device and all memory that is taken for them.
+
+    Attributes:
+        actions: of the subgroups, in order; empty where nothing is allocated. Always the same list.
+    """
+
+    def __init__(self, device: torch.device, accelerator: Accelerator | None, lanes: Lanes, options: Options) -> None:
+        self.pool = Pool(device, accelerator)
+        self.subgroups: list[Subgroup] = []
+        self.actions: list[AdamSubgroup] = []
+        self._accelerator = accelerator
+        self._lanes = lanes
+        self._options = options
+        self._claim = Claim()
+
+    @property
+    def homes(self) -> Homes:
+        """Where states live."""
+        return self._claim.homes
+
+    @property
+    def bill(self) -> MemoryBill:
+        """What was taken."""
+        return self._claim.bill
+
+    def claim(self, packed: Sequence[Packed], kind: StateKind) -> Addition:
+        """Decide where the state of more subgroups will live. Changes nothing. Raises as :func:`claim`."""
+        layouts = [StateLayout(kind, item.numel) for item in packed]
+        added = [
+            Subgroup(
+                index=len(self.subgroups) + i,
+                numel=item.numel,
+                param_bytes=item.numel * item.dtype.itemsize,
+                state_bytes=layout.num_bytes,
+                master_in_param=kind.master_in_param,
+            )
+            for i, (item, layout) in enumerate(zip(packed, layouts, strict=True))
+        ]
+        subgroups, options = [*self.subgroups, *added], self._options
+        wanted = claim(
+            options.policy, subgroups, options.budgets, options.num_slots, self._accelerator,
+            taken=self._claim, num_settled=len(self.subgroups),
+        )  # fmt: skip
+        return Addition(packed, layouts, subgroups, wanted)
+
+    def bill_only(self, wanted: Addition) -> None:
+        """Take ``wanted`` into the bill, and allocate nothing."""
+        self.subgroups, self._claim = list(wanted.subgroups), wanted.claim
+
+    def allocate(self, wanted: Addition, given_less: Callable[[Homes], None]) -> list[AdamSubgroup]:
+        """Take the memory of ``wanted``, and let its subgroups join. Nothing is in flight.
+
+        Args:
+            given_less: called with the homes where the system gave less than was wanted; may raise.
+
+        Raises:
+            Exception: whatever failed, most likely for want of memory; what was there before goes on working.
+        """
+        added_actions: list[AdamSubgroup] = []
+        try:
+            homes = self.allocate_buffers(wanted.claim.homes, wanted.subgroups)
+            homes = self._allocate_states(wanted, homes, added_actions)
+            if homes != wanted.claim.homes:
+                given_less(homes)
+        except BaseException:
+            added_actions.clear()
+            for subgroup in wanted.added:
+                subgroup.actions = None
+            self.allocate_buffers(self.homes, self.subgroups)
+            raise
+        newly_ringed = homes.ringed - self.homes.ringed
+        self.subgroups, self._claim = list(wanted.subgroups), Claim.of(homes, wanted.subgroups, self._accelerator)
+        if newly_ringed:
+            warn_of_ring(homes, self.subgroups, self.bill, self.pool.refused)
+        self.actions += added_actions
+        return added_actions
+
+    def _allocate_states(self, wanted: Addition, homes: Homes, actions: list[AdamSubgroup]) -> Homes:
+        """Append the actions of what is added. Returns the homes that the system gave."""
+        missing = [i for i, item in enumerate(wanted.packed) if item.state is None]
+        added, layouts = wanted.added, wanted.layouts
+        homes, states = allocate_states(self.pool, homes, [added[i] for i in missing], [layouts[i] for i in missing])
+        given = dict(zip(missing, states, strict=True))
+        del states
+        for i, (subgroup, item, layout) in enumerate(zip(added, wanted.packed, layouts, strict=True)):
+            state = given.pop(i) if item.state is None else item.state
+            ring = self.pool.set_ring() if subgroup.index in homes.ringed else None
+            subgroup.actions = AdamSubgroup(item.slices, item.dtype, state, self._accelerator, layout, ring)
+            del state
+            actions.append(subgroup.actions)
+        return homes
+
+    def allocate_buffers(self, homes: Homes, subgroups: Sequence[Subgroup]) -> Homes:
+        """Make staging buffers and slots anew. Returns what the system gave."""
+        lanes = self._lanes
+        streams = [lane.stream for lane in (lanes.h2d, lanes.d2h) if isinstance(lane, StreamLane)]
+        given = allocate_buffers(self.pool, homes, subgroups, streams)
+        lanes.h2d.wait(lanes.compute.mark())  # which may have yet to let go of a slot's memory
+        return given
+
+    def drop_lost_slots(self) -> bool:
+        """Go on without the slots whose memory was given back, see [Note: a slot less] in :mod:`offload.executor`.
+
+        Returns whether there were any.
+        """
+        num_slots = self.pool.drop_lost_slots()
+        if num_slots == self.homes.num_slots:
+            return False
+        logger.warning(
+            "the device ran out of memory in a prefetch: %d of %d slots were given back. Training goes on, the same "
+            "bit for bit; give a device_budget that leaves the model more room",
+            self.homes.num_slots - num_slots, self.homes.num_slots,
+        )  # fmt: skip
+        homes = replace(self.homes, num_slots=num_slots)
+        if num_slots == 0 and homes.num_staging == 0:
+            homes = replace(homes, num_staging=NUM_STAGING)
+            self.pool.set_stagings(homes.num_staging, homes.staging_bytes(self.subgroups))
+        self._claim = Claim.of(homes, self.subgroups, self._accelerator)
+        return True

@@ -14,11 +14,13 @@ C++ extension that is handed the tensor itself, code that ``torch.compile`` made
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from offload.torch_functions import tensors_in
 
 Settle = Callable[[], None]
 
@@ -54,7 +56,7 @@ class _Pending:
         if func in _READS_NO_VALUES:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        for tensor in _pending_in((args, kwargs)):
+        for tensor in tensors_in((args, kwargs), _CLASS_OF):
             settle(tensor)
         return func(*args, **(kwargs or {}))
 
@@ -102,15 +104,3 @@ def settle(tensor: Tensor) -> None:
     if (wait := _settle_of.get(id(tensor))) is not None:
         wait()
     make_plain(tensor)
-
-
-def _pending_in(value: Any) -> Iterator[Tensor]:
-    """Pending tensors in the arguments of a torch function."""
-    if type(value) in _CLASS_OF:
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _pending_in(item)
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _pending_in(item)

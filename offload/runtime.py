@@ -1,4 +1,4 @@
-"""The runtime of one device: subgroups and their memory, the plan in force, and the steps it runs."""
+"""The runtime of one device: runs the steps that the plan in force says, over subgroups and their memory."""
 
 from __future__ import annotations
 
@@ -17,24 +17,23 @@ from offload.accelerators import accelerator_for
 from offload.adam import AdamSubgroup, SliceUpdate
 from offload.beliefs import Measurement
 from offload.conductor import Conductor, let_land
-from offload.controller import Controller, Decision
 from offload.early import EarlyTransfers, watch_gradients
 from offload.executor import run_update
-from offload.final_gradients import in_order_of
-from offload.homes import NUM_STAGING, Homes, first_plan
+from offload.homes import Homes
 from offload.kernels import default_implementation
 from offload.lanes import Lanes
-from offload.lanes.accelerator import StreamLane, accelerator_lanes
+from offload.lanes.accelerator import accelerator_lanes
 from offload.lanes.inline import inline_lanes
 from offload.layout import Packed
-from offload.memory import Claim, allocate_buffers, allocate_states, claim, warn_of_ring
+from offload.memory import SubgroupMemory
 from offload.options import Options
-from offload.ordering import check_ordering, check_ordering_in_backward
 from offload.perf_model import Prediction, Rates, predict
-from offload.plan import OpKind, Placement, Plan, lower
-from offload.pool import BudgetError, MemoryBill, Pool, format_bytes
-from offload.snapshot import DEFAULT_NUM_COPIES, Copier, Source
-from offload.state_layout import ADAM_FP32, StateKind, StateLayout
+from offload.plan import OpKind, Plan
+from offload.plan_in_force import PlanInForce
+from offload.policy import Overlap
+from offload.pool import MemoryBill, Pool
+from offload.snapshot import Copier, Source, num_copies
+from offload.state_layout import ADAM_FP32, StateKind
 from offload.subgroup import Subgroup
 from offload.timeline import Span, elapsed_s
 from offload.timing import StepTimer, work_of
@@ -71,18 +70,11 @@ class Runtime:
         self.options = options
         self.accelerator = None if device.type == "cpu" else accelerator_for(device)
         self.lanes = lanes_for(device)
-        self.pool = Pool(device, self.accelerator)
         default_implementation(device)  # finds, compiles and tests the kernel now, not in the middle of a step
-        self.subgroups: list[Subgroup] = []
-        self.actions: list[AdamSubgroup] = []
-        self._claim = Claim()
-        self.controller: Controller | None = None  # chooses plans, with "auto"
+        self.memory = SubgroupMemory(device, self.accelerator, self.lanes, options)
+        self.in_force = PlanInForce(options, self.memory, is_offloaded=self.accelerator is not None)
         self.spans: list[Span] = []
         self.time_next_step = False
-        self.overlap = options.overlap  # in force
-        self._plan = Plan(())
-        self._chooses = options.policy == "auto"
-        self._num_steps = 0
         self._idle_since_s: float | None = None  # by the host's clock, after a step that was measured
         self._broken: BaseException | None = None
         self._process = os.getpid()
@@ -90,7 +82,6 @@ class Runtime:
         with_gradients = options.overlap == "backward"
         self._early = EarlyTransfers(self.lanes, self.pool, self.actions, with_gradients=with_gradients)
         self._arrived_in_open_step: Callable[[int, int], None] | None = None
-        self._plan_in_backward: Plan | None = None  # the last one that was checked
         self._hooks: list[RemovableHandle] = []
         self._conductor = Conductor(self.lanes.compute, self.accelerator, weakref.WeakMethod(self.mark_broken))
         # Pinned memory and slots may go back only when no copy uses them; at exit the device's own teardown waits.
@@ -99,7 +90,7 @@ class Runtime:
         landing = weakref.finalize(self, let_land, self._process, self._conductor, self._hooks, *copies)
         landing.atexit = False
 
-    # ---- layout and memory
+    # ---- memory and plan
 
     def add(self, packed: Sequence[Packed], kind: StateKind = ADAM_FP32) -> list[AdamSubgroup]:
         """Append subgroups, allocate what they need, and plan anew.
@@ -107,96 +98,54 @@ class Runtime:
         Raises:
             BudgetError, PlanError: before anything is allocated or changed.
         """
-        options, num_settled = self.options, len(self.subgroups)
-        layouts = [StateLayout(kind, item.numel) for item in packed]
-        added = [
-            Subgroup(
-                index=num_settled + i,
-                numel=item.numel,
-                param_bytes=item.numel * item.dtype.itemsize,
-                state_bytes=layout.num_bytes,
-                master_in_param=kind.master_in_param,
-            )
-            for i, (item, layout) in enumerate(zip(packed, layouts, strict=True))
-        ]
-        subgroups = [*self.subgroups, *added]
-        wanted = claim(
-            options.policy, subgroups, options.budgets, options.num_slots, self.accelerator,
-            taken=self._claim, num_settled=num_settled,
-        )  # fmt: skip
-        plan, controller = self._first_plan(subgroups, wanted.homes)
-
-        if not options.allocates:
-            self.subgroups, self._claim = subgroups, wanted
+        wanted = self.memory.claim(packed, kind)
+        first = self.in_force.first(wanted.subgroups, wanted.claim.homes)
+        if not self.options.allocates:
+            self.memory.bill_only(wanted)
             return []
+
+        def plan_anew(homes: Homes) -> None:
+            nonlocal first
+            first = self.in_force.first(wanted.subgroups, homes)
+
         self.synchronize()
-        added_actions: list[AdamSubgroup] = []
-        try:
-            homes = self._allocate_buffers(wanted.homes, subgroups)
-            missing = [i for i, item in enumerate(packed) if item.state is None]
-            homes, states = allocate_states(
-                self.pool, homes, [added[i] for i in missing], [layouts[i] for i in missing]
-            )
-            given = dict(zip(missing, states, strict=True))
-            del states
-            for i, (subgroup, item, layout) in enumerate(zip(added, packed, layouts, strict=True)):
-                state = given.pop(i) if item.state is None else item.state
-                ring = self.pool.set_ring() if subgroup.index in homes.ringed else None
-                subgroup.actions = AdamSubgroup(item.slices, item.dtype, state, self.accelerator, layout, ring)
-                del state
-                added_actions.append(subgroup.actions)
-            if homes != wanted.homes:  # the system gave less
-                plan, controller = self._first_plan(subgroups, homes)
-        except BaseException:  # out of memory: what was there must go on working
-            added_actions.clear()
-            for subgroup in added:
-                subgroup.actions = None
-            self._allocate_buffers(self.homes, self.subgroups)
-            raise
-        newly_ringed = homes.ringed - self.homes.ringed
-        self._claim = Claim.of(homes, subgroups, self.accelerator)
-        if newly_ringed:
-            warn_of_ring(homes, subgroups, self.bill, self.pool.refused)
-        self.subgroups, self._plan, self.controller = subgroups, plan, controller
-        self.actions += added_actions
-        if options.overlap != "none":
+        added = self.memory.allocate(wanted, given_less=plan_anew)
+        self.in_force.begin(first)
+        if self.options.overlap != "none":
             arrived = weakref.WeakMethod(self._accumulated)
-            for subgroup, actions in zip(added, added_actions, strict=True):
+            for subgroup, actions in zip(wanted.added, added, strict=True):
                 self._hooks += watch_gradients(subgroup.index, [item.param for item in actions.slices], arrived)
-        return added_actions
+        return added
+
+    @property
+    def pool(self) -> Pool:
+        """Buffers."""
+        return self.memory.pool
+
+    @property
+    def subgroups(self) -> Sequence[Subgroup]:
+        """In the order in which they joined."""
+        return self.memory.subgroups
+
+    @property
+    def actions(self) -> Sequence[AdamSubgroup]:
+        """Of the subgroups; empty where nothing is allocated."""
+        return self.memory.actions
 
     @property
     def homes(self) -> Homes:
         """Where states live."""
-        return self._claim.homes
+        return self.memory.homes
 
     @property
     def bill(self) -> MemoryBill:
         """What was taken."""
-        return self._claim.bill
-
-    def _first_plan(self, subgroups: Sequence[Subgroup], homes: Homes) -> tuple[Plan, Controller | None]:
-        controller = self._new_controller(subgroups, homes)
-        fixed = first_plan(self.options.policy, len(subgroups), homes)
-        plan = fixed if controller is None else controller.first_plan
-        self._check_plan(plan, subgroups, homes)
-        return plan, controller
-
-    def _allocate_buffers(self, homes: Homes, subgroups: Sequence[Subgroup]) -> Homes:
-        """Returns what the system gave."""
-        given = allocate_buffers(self.pool, homes, subgroups, self._streams())
-        self.lanes.h2d.wait(self.lanes.compute.mark())  # which may have yet to let go of a slot's memory
-        return given
-
-    def _streams(self) -> list[torch.Stream]:
-        return [lane.stream for lane in (self.lanes.h2d, self.lanes.d2h) if isinstance(lane, StreamLane)]
-
-    # ---- the plan
+        return self.memory.bill
 
     @property
     def plan(self) -> Plan:
         """The plan of the next step."""
-        return self._plan
+        return self.in_force.plan
 
     def set_plan(self, plan: Plan) -> None:
         """Run ``plan`` from the next step on, in the memory there is, and stop choosing plans.
@@ -205,66 +154,16 @@ class Runtime:
             PlanError: if it does not fit the subgroups, the slots or the staging buffers.
             BudgetError: if a subgroup is to visit the device whose state is not pinned.
         """
-        self._check_plan(plan, self.subgroups, self.homes)
-        self._plan = plan
-        self._chooses = False
-
-    def _check_plan(self, plan: Plan, subgroups: Sequence[Subgroup], homes: Homes) -> None:
-        plan.validate(
-            len(subgroups), num_slots=homes.num_slots, num_staging=homes.num_staging, resident=homes.residents
-        )
-        visitors = {i for i, where in plan.placements.items() if where is Placement.DEVICE}
-        if pageable := sorted(visitors - homes.visitors):
-            needed = sum(subgroups[i].state_bytes for i in pageable)
-            raise BudgetError(
-                f"the plan updates subgroups {pageable} on the device, but their state is not pinned: "
-                f"{format_bytes(needed)} more pinned memory is needed; construct the optimizer with plan='auto' or "
-                f"with this plan, and raise pinned_budget if one is set"
-            )
-        for overlapped in {False, self.options.overlap != "none"}:
-            check_ordering([self._plan, plan, plan], subgroups, overlapped=overlapped)
-
-    def _new_controller(self, subgroups: Sequence[Subgroup], homes: Homes) -> Controller | None:
-        """For "auto" on an accelerator. Parameters that join later start it anew, from the rates known by then.
-
-        One subgroup alone is on one side or the other: no step measures both, so without rates there is no choice.
-        """
-        rates = self.rates or self.options.rates
-        if self.options.policy != "auto" or self.accelerator is None or not homes.visitors:
-            return None
-        if rates is None and len(subgroups) - len(homes.residents) == 1:
-            return None
-        return Controller(subgroups, homes, rates, first_step=self._num_steps)
+        self.in_force.set(plan)
 
     @property
-    def rates(self) -> Rates | None:
-        """What the machine is believed to do; None before anything was measured or told."""
-        return None if self.controller is None else self.controller.rates
+    def overlap(self) -> Overlap:
+        """How the next step's update hides."""
+        return self.in_force.overlap
 
-    @property
-    def decisions(self) -> Sequence[Decision]:
-        """What was measured and decided so far, oldest first."""
-        return [] if self.controller is None else self.controller.decisions
-
-    def _observe(self, ran: Plan, passes_s: float | None) -> None:
-        """Let the controller choose the next plan, from the spans of the step that ran."""
-        assert self.controller is not None
-        work = work_of(self.spans, self.subgroups)
-        seen = Measurement(self._num_steps - 1, work, elapsed_s(self.spans), passes_s)
-        decision = self.controller.observe(seen, ran)
-        if decision is None:
-            return
-        if self.options.chooses_overlap:
-            self.overlap = decision.overlap or self.overlap
-        if decision.plan == self._plan:
-            return
-        self._check_plan(decision.plan, self.subgroups, self.homes)
-        self._plan = decision.plan
-        num_device = sum(where is Placement.DEVICE for where in decision.plan.placements.values())
-        logger.info(
-            "step %d: %s, %d of %d subgroups visit the device",
-            decision.measurement.step, decision.action, num_device, len(self.subgroups),
-        )  # fmt: skip
+    def simulate(self, rates: Rates, plan: Plan | None = None) -> Prediction:
+        """Predict one step of ``plan`` (default: the one in force) on a machine of ``rates``."""
+        return predict(self.plan if plan is None else plan, self.subgroups, rates)
 
     # ---- steps
 
@@ -294,8 +193,8 @@ class Runtime:
         self._go_on_without_lost_slots()
         idle = frozenset(range(len(self.subgroups))) - updates.keys()
         # A step that leaves subgroups out says little about one that does not.
-        observed = self._chooses and not idle and self.controller is not None and self.controller.wants(self._num_steps)
-        plan = self._plan.without(idle)
+        observed = self.in_force.chooses and self.in_force.wants_measurement and not idle
+        plan = self.plan.without(idle)
         self._begin_step_beside_copies(updates, waits=observed or self.time_next_step)
         try:
             timed = (observed or self.time_next_step) and self.accelerator is not None
@@ -333,9 +232,10 @@ class Runtime:
             for index in updates:
                 self.actions[index].end_step()
             raise
-        self._num_steps += 1
         if observed and all(slot.buffer is not None for slot in self.pool.slots):
-            self._observe(plan, passes_s)
+            work = work_of(self.spans, self.subgroups)
+            self.in_force.observe(Measurement(self.in_force.num_steps, work, elapsed_s(self.spans), passes_s), plan)
+        self.in_force.num_steps += 1
 
     def _passes_s(self, timer: StepTimer | None) -> float | None:
         """What forward and backward took since the last step, if nothing of an update ran beside them: both timed."""
@@ -344,26 +244,8 @@ class Runtime:
 
     def _go_on_without_lost_slots(self) -> None:
         """After [Note: a slot less] in :mod:`offload.executor`."""
-        num_slots = self.pool.drop_lost_slots()
-        if num_slots == self.homes.num_slots:
-            return
-        logger.warning(
-            "the device ran out of memory in a prefetch: %d of %d slots were given back. Training goes on, the same "
-            "bit for bit; give a device_budget that leaves the model more room",
-            self.homes.num_slots - num_slots, self.homes.num_slots,
-        )  # fmt: skip
-        homes = replace(self.homes, num_slots=num_slots)
-        if num_slots == 0 and homes.num_staging == 0:
-            homes = replace(homes, num_staging=NUM_STAGING)
-            self.pool.set_stagings(homes.num_staging, homes.staging_bytes(self.subgroups))
-        where = [
-            Placement.HOST if each is Placement.DEVICE and num_slots == 0 else each
-            for _, each in sorted(self._plan.placements.items())
-        ]
-        self._plan = lower(where, num_slots=num_slots, num_staging=homes.num_staging)
-        self._claim = Claim.of(homes, self.subgroups, self.accelerator)
-        self.controller = self._new_controller(self.subgroups, homes) if num_slots else None
-        self._check_plan(self._plan, self.subgroups, homes)
+        if self.memory.drop_lost_slots():
+            self.in_force.go_on_with_fewer_slots()
 
     def begin_copies(self, sources: Mapping[int, Source], copy_bytes: int | None) -> Copier:
         """Copy subgroups beside the next steps, see [Note: copied before it is overwritten]. Nothing is in flight.
@@ -374,16 +256,9 @@ class Runtime:
         Raises:
             BudgetError: if that holds no subgroup, or the host budget not that.
         """
-        each_bytes = Copier.buffer_bytes(sources)
-        if copy_bytes is not None and copy_bytes < each_bytes:
-            raise BudgetError(
-                f"copy_budget is {format_bytes(copy_bytes)} and one copy of the largest subgroup takes "
-                f"{format_bytes(each_bytes)}; raise it, or construct the optimizer with a lower subgroup_numel"
-            )
-        num_buffers = DEFAULT_NUM_COPIES if copy_bytes is None else copy_bytes // max(each_bytes, 1)
-        num_buffers = min(num_buffers, len(sources))
-        replace(self.bill, snapshot_bytes=num_buffers * each_bytes).check(self.options.budgets)
-        order = dict.fromkeys(op.subgroup for op in self._plan.ops)  # what is updated first is copied first
+        num_buffers = num_copies(sources, copy_bytes)
+        replace(self.bill, snapshot_bytes=num_buffers * Copier.buffer_bytes(sources)).check(self.options.budgets)
+        order = dict.fromkeys(op.subgroup for op in self.plan.ops)  # what is updated first is copied first
         self._copier = Copier({i: sources[i] for i in order}, num_buffers, self.accelerator)
         for index, event in self._copier.events.items():
             self.actions[index].copied = event
@@ -423,10 +298,7 @@ class Runtime:
         if self.options.overlap == "none" or self._will_be_timed:
             return False
         self._begin_step_beside_copies({}, waits=True)
-        plan = in_order_of(self._plan, list(order))
-        if plan != self._plan_in_backward:
-            check_ordering_in_backward([plan, plan], self.subgroups)
-            self._plan_in_backward = plan
+        plan = self.in_force.in_order_of(order)
         begun = [op for op in self._early.take(plan) if op.kind is OpKind.PREFETCH]
         self._arrived_in_open_step = arrived
         self._conductor.open(
@@ -450,7 +322,7 @@ class Runtime:
         self._arrived_in_open_step = None
         self._idle_since_s = None
         self._conductor.close()
-        self._num_steps += 1
+        self.in_force.num_steps += 1
 
     def cancel_step(self, error: BaseException | None) -> None:
         """Give up an open step; ``error`` is what broke it if some of it was begun, None if nothing was."""
@@ -481,7 +353,7 @@ class Runtime:
         if self._broken is None and not self._will_be_timed:
             self._conductor.finish()
             self._go_on_without_lost_slots()
-            self._early.arrived(self.subgroups[index], self._plan, self.subgroups, in_autograd=in_autograd)
+            self._early.arrived(self.subgroups[index], self.plan, self.subgroups, in_autograd=in_autograd)
 
     def before_gradient(self, index: int) -> None:
         """Let what the current stream writes to the gradient of subgroup ``index`` come after an early copy of it."""
@@ -494,7 +366,7 @@ class Runtime:
 
     @property
     def _will_be_timed(self) -> bool:
-        return self.time_next_step or (self.controller is not None and self.controller.wants(self._num_steps))
+        return self.time_next_step or self.in_force.wants_measurement
 
     # ---- order and errors
 
@@ -532,7 +404,3 @@ class Runtime:
                 "this optimizer is broken: an earlier step failed half way, so parameters and optimizer state may "
                 "disagree; construct a new optimizer and load the last checkpoint of the model and the optimizer"
             ) from self._broken
-
-    def simulate(self, rates: Rates, plan: Plan | None = None) -> Prediction:
-        """Predict one step of ``plan`` (default: the one in force) on a machine of ``rates``."""
-        return predict(self._plan if plan is None else plan, self.subgroups, rates)

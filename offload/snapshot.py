@@ -25,6 +25,7 @@ from torch import Tensor
 from offload import host_memory
 from offload.accelerators import Accelerator
 from offload.lanes.accelerator import start_worker
+from offload.pool import BudgetError, format_bytes
 
 DEFAULT_NUM_COPIES = 2  # one is filled while another is written
 
@@ -55,6 +56,22 @@ class Copy:
     subgroup: int
     state: Tensor
     params: tuple[Tensor, ...]
+
+
+def num_copies(sources: Mapping[int, Source], copy_bytes: int | None) -> int:
+    """How many subgroups may be copied and not yet written within ``copy_bytes``; None: :data:`DEFAULT_NUM_COPIES`.
+
+    Raises:
+        BudgetError: if not even one.
+    """
+    each_bytes = Copier.buffer_bytes(sources)
+    if copy_bytes is not None and copy_bytes < each_bytes:
+        raise BudgetError(
+            f"copy_budget is {format_bytes(copy_bytes)} and one copy of the largest subgroup takes "
+            f"{format_bytes(each_bytes)}; raise it, or construct the optimizer with a lower subgroup_numel"
+        )
+    num_buffers = DEFAULT_NUM_COPIES if copy_bytes is None else copy_bytes // max(each_bytes, 1)
+    return min(num_buffers, len(sources))
 
 
 class CopiedEvent:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from offload.torch_functions import tensors_in
 
 # Writes its first argument and leaves the version counters alone: what GradScaler unscales gradients with.
 _UNCOUNTED_WRITES = {torch._amp_foreach_non_finite_check_and_unscale_}
@@ -19,7 +21,7 @@ class WatchedTensor(Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        watched = list(_watched_in((args, kwargs)))
+        watched = list(tensors_in((args, kwargs), {WatchedTensor}))
         for tensor in watched:
             unwatch(tensor)  # func must not see the class: it may copy or pickle the tensor
         try:
@@ -41,15 +43,3 @@ def unwatch(tensor: Tensor) -> None:
     """Make ``tensor`` what it was; nothing if it is not watched."""
     if type(tensor) is WatchedTensor:
         tensor.__class__ = Tensor  # type: ignore[assignment]
-
-
-def _watched_in(value: Any) -> Iterator[Tensor]:
-    """Watched tensors in the arguments of a torch function."""
-    if type(value) is WatchedTensor:
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _watched_in(item)
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _watched_in(item)

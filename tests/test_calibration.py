@@ -35,14 +35,14 @@ def test_a_calibrated_profile_starts_an_optimizer(sim: ModuleType) -> None:
     params = [torch.nn.Parameter(torch.zeros(4096, device="sim")) for _ in range(4)]
     profile = offload.calibrate("sim", numel=NUMEL)
     optimizer = offload.AdamW(params, subgroup_numel=4096, profile=profile)
-    assert optimizer.runtime.rates == offload.Rates.from_profile(profile)
+    assert optimizer.runtime.in_force.rates == offload.Rates.from_profile(profile)
 
 
 @pytest.mark.parametrize("profile", ["gh200", offload.HardwareProfile.load("gh200")], ids=type)
 def test_profiles_are_taken_by_name_too(sim: ModuleType, profile: object) -> None:
     params = [torch.nn.Parameter(torch.zeros(4096, device="sim")) for _ in range(4)]
     optimizer = offload.AdamW(params, subgroup_numel=4096, profile=profile)
-    assert optimizer.runtime.rates == offload.Rates.from_profile(offload.HardwareProfile.load("gh200"))
+    assert optimizer.runtime.in_force.rates == offload.Rates.from_profile(offload.HardwareProfile.load("gh200"))
 
 
 def test_mistakes_are_told() -> None:

@@ -57,7 +57,7 @@ def test_says_what_was_measured(sim: ModuleType) -> None:
     optimizer = offload.AdamW(model.parameters(), subgroup_numel=200)
     assert "measured" not in optimizer.explain()
     train(model, optimizer, steps=range(6))
-    rates = optimizer.runtime.rates
+    rates = optimizer.runtime.in_force.rates
     assert rates is not None
     line = next(line for line in optimizer.explain().splitlines() if line.startswith("measured: "))
     assert f"H2D {rates.h2d_bytes_per_s / 1e9:.2f} GB/s, D2H {rates.d2h_bytes_per_s / 1e9:.2f} GB/s, CPU " in line

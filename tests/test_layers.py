@@ -18,7 +18,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     map(
         frozenset,
         (
-            {"limits", "signals", "watchdog"},
+            {"limits", "signals", "watchdog", "torch_functions"},
             {"plan", "kernels", "accelerators", "hardware", "processors", "shards", "tensor_file"},
             {
                 "lanes",
@@ -56,6 +56,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
             {"planner", "tracing", "overlaps"},
             {"candidates"},
             {"controller", "jobs", "memory"},
+            {"plan_in_force"},
             {"runtime", "streaming"},
             {"record", "live", "update_in_backward"},
             {"arguments", "explain", "verdict"},

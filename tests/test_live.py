@@ -93,7 +93,7 @@ def test_changes_of_the_plan_and_decisions_are_kept(sim: ModuleType, tmp_path: P
     status = read_status(tmp_path / "s")
     assert status["changes"][-1] == {"step": 5, "plan": str(optimizer.plan)}
     assert len(status["changes"]) >= 2
-    assert len(status["decisions"]) == len(optimizer.runtime.decisions) > 0
+    assert len(status["decisions"]) == len(optimizer.runtime.in_force.decisions) > 0
 
 
 def test_it_is_written_and_measured_seldom(sim: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

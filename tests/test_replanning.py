@@ -70,7 +70,7 @@ def test_the_log_of_a_training_is_replayed(sim: ModuleType, tmp_path: Path) -> N
     train(model, optimizer)
     optimizer.save_decisions(tmp_path / "log")
     again = replay(tmp_path / "log")
-    assert list(again.decisions) == list(optimizer.runtime.decisions)
+    assert list(again.decisions) == list(optimizer.runtime.in_force.decisions)
     text = optimizer.explain()
     assert "update " in text
     assert "(predicted " in text
@@ -87,11 +87,11 @@ def test_a_plan_of_the_users_own_ends_the_choosing(sim: ModuleType) -> None:
     model = mlp(device="sim")
     optimizer = offload.AdamW(model.parameters(), subgroup_numel=200)
     train(model, optimizer, steps=range(3))
-    plan, num = optimizer.plan, len(optimizer.runtime.decisions)
+    plan, num = optimizer.plan, len(optimizer.runtime.in_force.decisions)
     optimizer.set_plan(plan)
     train(model, optimizer, steps=range(3, 8))
     assert optimizer.plan == plan
-    assert len(optimizer.runtime.decisions) == num
+    assert len(optimizer.runtime.in_force.decisions) == num
 
 
 # ---- overlap="auto"
@@ -103,7 +103,7 @@ def test_the_planner_chooses_the_overlap_and_says_why(sim: ModuleType) -> None:
     optimizer = offload.AdamW(model.parameters(), subgroup_numel=200, lr=1e-2)
     assert "overlap: next_forward, until the times of forward and backward are known" in optimizer.explain()
     train(model, optimizer)
-    decision = optimizer.runtime.decisions[-1]
+    decision = optimizer.runtime.in_force.decisions[-1]
     assert set(decision.step_s) == {"none", "next_forward"}
     assert optimizer.runtime.overlap == decision.overlap
     assert re.search(rf"overlap: {decision.overlap}; a step is predicted to take [\d.]+ ms with none, [\d.]+ ms with "
@@ -130,7 +130,7 @@ def test_an_overlap_that_was_asked_for_stays(sim: ModuleType) -> None:
     model = mlp(device="sim")
     optimizer = offload.AdamW(model.parameters(), subgroup_numel=200, overlap="none")
     train(model, optimizer)
-    assert optimizer.runtime.decisions[-1].step_s
+    assert optimizer.runtime.in_force.decisions[-1].step_s
     assert optimizer.runtime.overlap == "none"
     assert "overlap:" not in optimizer.explain()
 

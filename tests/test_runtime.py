@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from offload import adam, runtime
+from offload import adam, plan_in_force
 from offload.adam import AdamSubgroup, SliceUpdate
 from offload.controller import HYSTERESIS
 from offload.homes import Homes
@@ -229,7 +229,7 @@ def test_nothing_is_in_flight_when_buffers_are_replaced(sim: ModuleType, monkeyp
     """Their memory may be anybody's afterwards; here it becomes NaN."""
     sim.configure(executor="lazy")
     built = build(MIXED, "sim:0")
-    built.options = Options("auto", NO_LIMITS, None, None)
+    built.memory._options = built.in_force._options = Options("auto", NO_LIMITS, None, None)
     replace_stagings = built.pool.set_stagings
 
     def overwrite_and_replace(num_stagings: int, param_bytes: int) -> None:
@@ -282,7 +282,7 @@ def test_plan_that_visits_with_pageable_state() -> None:
     built = build(Static(0.0))
     plan = lower([HOST, HOST, HOST, HOST], num_slots=0, num_staging=2)
     built.set_plan(plan)
-    built._claim = Claim(Homes(visitors=frozenset({0}), num_slots=1, num_staging=2))
+    built.memory._claim = Claim(Homes(visitors=frozenset({0}), num_slots=1, num_staging=2))
     visits = lower([DEVICE, DEVICE, HOST, DEVICE], num_slots=1, num_staging=2)
     with pytest.raises(BudgetError) as raised:
         built.set_plan(visits)
@@ -299,16 +299,16 @@ def test_auto_measures_and_plans_anew(sim: ModuleType, caplog: pytest.LogCapture
     first = built.plan
     assert set(first.placements.values()) == {HOST, DEVICE}, "both sides have to be measured"
     built.step(updates_of(built))
-    assert (built.rates, built.plan) == (None, first)
+    assert (built.in_force.rates, built.plan) == (None, first)
     with caplog.at_level(logging.INFO, logger="offload"):
         built.step(updates_of(built))
-    assert built.rates is not None
-    (decision,) = built.decisions
+    assert built.in_force.rates is not None
+    (decision,) = built.in_force.decisions
     assert (decision.ran, decision.plan) == (first, built.plan)
     assert set(built.plan.placements.values()) == {HOST}
     assert "step 1: probed, 0 of 4 subgroups visit the device" in caplog.text
     built.step(updates_of(built))
-    last = built.decisions[-1]
+    last = built.in_force.decisions[-1]
     assert last.target_s <= last.current_s / (1 - HYSTERESIS)
     assert last.action in ("moved", "kept")
     built.step(updates_of(built))
@@ -323,7 +323,7 @@ def test_named_policies_are_not_replanned(sim: ModuleType, policy: Policy) -> No
     for _ in range(3):
         built.step(updates_of(built))
     assert built.plan is before
-    assert built.rates is None
+    assert built.in_force.rates is None
 
 
 # ---- failures
@@ -392,7 +392,7 @@ def test_refused_plan_breaks_nothing() -> None:
 def test_replanning_checks_what_it_chose(sim: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     built = build("auto", "sim:0")
     seen: list[Plan] = []
-    monkeypatch.setattr(runtime, "check_ordering", lambda plans, subgroups, **_: seen.append(plans[-1]))
+    monkeypatch.setattr(plan_in_force, "check_ordering", lambda plans, subgroups, **_: seen.append(plans[-1]))
     built.step(updates_of(built))
     built.step(updates_of(built))
-    assert seen == ([built.plan] if built.decisions[0].action != "kept" else [])
+    assert seen == ([built.plan] if built.in_force.decisions[0].action != "kept" else [])

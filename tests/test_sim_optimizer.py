@@ -117,7 +117,7 @@ def test_auto_measures_until_a_plan_is_set(sim: ModuleType, executor: str) -> No
     assert {Placement.HOST, Placement.DEVICE} <= set(first_plan.placements.values())
     assert optimizer.timeline() == []
     train(model, optimizer, steps=range(6))
-    assert optimizer.runtime.rates is not None
+    assert optimizer.runtime.in_force.rates is not None
     assert {span.lane for span in optimizer.timeline()} >= {"compute", "h2d", "d2h"}
     optimizer.set_plan(first_plan)
     train(model, optimizer, steps=range(6, NUM_STEPS))

@@ -418,7 +418,7 @@ def test_slots_may_be_memory_that_the_compute_lane_has_just_freed(sim: ModuleTyp
     runtime.pool.slots = []
     for _ in range(2):
         torch.zeros(num_bytes, dtype=torch.uint8, device="sim")  # written and freed at once
-        runtime._allocate_buffers(runtime.homes, runtime.subgroups)
+        runtime.memory.allocate_buffers(runtime.homes, runtime.subgroups)
         runtime.lanes.h2d.submit(runtime.subgroups[0].prefetch(runtime.pool.slots[0]))
     runtime.synchronize()
     assert sim.races() == []
