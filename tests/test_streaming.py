@@ -497,6 +497,13 @@ def test_moving_a_model_that_streams_is_refused(move: Callable[[nn.Module], obje
     move(model)
 
 
+def test_cuda_on_a_model_that_streams_is_refused() -> None:
+    model = build()
+    streamed(model)
+    with pytest.raises(RuntimeError, match=r"call remove\(\)"):
+        model.cuda()
+
+
 def test_streaming_twice_is_refused() -> None:
     model = build()
     streamed(model)
@@ -609,3 +616,49 @@ def test_progress_is_shown_for_each_pass(capsys: pytest.CaptureFixture[str]) -> 
     assert "pass 2" in shown
     assert "GB/s" in shown
     handle.remove()
+
+
+class Talks(Model):
+    """Generates as transformers does: as many passes as tokens, or fewer."""
+
+    def generate(self, ids: Tensor, max_new_tokens: int = 0, fails: bool = False) -> list[Tensor]:
+        if fails:
+            raise ValueError("no")
+        return [self(ids) for _ in range(max_new_tokens - 1)]
+
+
+def test_progress_of_a_generation_is_over_all_of_its_passes(capsys: pytest.CaptureFixture[str]) -> None:
+    tqdm = pytest.importorskip("tqdm")
+    model = build(Talks)
+    handle = streamed(model, progress=True)
+    bars = []
+    handle._streamer.progress._make = lambda **kwargs: bars.append(tqdm.tqdm(**kwargs, mininterval=0)) or bars[-1]
+    with torch.no_grad():
+        got = model.generate(tokens().to("sim"), max_new_tokens=5)
+        assert_same_bits([t.cpu() for t in got], [expected(Talks, 1)[0]] * 4)
+        assert (bars[0].n, bars[0].total) == (4 * 8, 5 * 8)
+        assert "pass 4 of 5" in capsys.readouterr().err
+        with pytest.raises(ValueError, match="no"):
+            model.generate(tokens().to("sim"), max_new_tokens=5, fails=True)
+        model(tokens().to("sim"))
+    assert len(bars) == 3
+    assert bars[-1].total == 8, "a pass of its own again"
+    handle.remove()
+    assert "generate" not in model.__dict__
+
+
+class GenerationConfig:
+    max_new_tokens = None
+    max_length = 15
+
+
+def test_how_many_passes_a_generation_has_at_most() -> None:
+    from offload.streaming.progress import most_passes
+
+    model = Model()
+    ids = tokens(10)
+    assert most_passes(model, (ids,), {"max_new_tokens": 7}) == 7
+    assert most_passes(model, (ids,), {"generation_config": GenerationConfig()}) == 5
+    assert most_passes(model, (), {"input_ids": ids, "max_length": 12}) == 2
+    assert most_passes(model, (ids,), {"max_length": 10}) is None
+    assert most_passes(model, (ids,), {}) is None
