@@ -73,11 +73,11 @@ def pending_reads(name_of: NameOf) -> Iterator[list[PendingRead]]:
         yield reads
 
 
-class _Aliases(TorchDispatchMode):
+class _Aliases(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Reports operators that read the memory of a pending tensor. Those that wait come here after it was settled."""
 
     def __init__(self, note: Callable[..., None]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._note = note
 
     def __torch_dispatch__(
