@@ -14,8 +14,6 @@ from offload.plan import OpKind
 from offload.subgroup import Subgroup
 from offload.timeline import Span, lanes_of
 
-_Stamp = torch.Event | float
-
 
 class StepTimer:
     """Records one step on accelerator lanes, from construction until :meth:`spans`.
@@ -27,17 +25,18 @@ class StepTimer:
     """
 
     def __init__(self, lanes: Lanes, device: torch.device) -> None:
-        self._records: list[tuple[str, str, _Stamp, _Stamp]] = []
+        self._records: list[tuple[str, str, object, object]] = []
         self._lanes = [lane for lane in (lanes.compute, lanes.h2d, lanes.d2h, lanes.host)
                        if isinstance(lane, (StreamLane, HostLane))]  # fmt: skip
         self._origin = torch.Event(device, enable_timing=True)
         self._origin.record(torch.accelerator.current_stream(device))
         self._origin.synchronize()
-        self.origin_s = accelerator_for(device).host_time_s()
+        self._accelerator = accelerator_for(device)
+        self.origin_s = self._accelerator.host_time_s()
         for lane in self._lanes:
             lane.recorder = self._record
 
-    def _record(self, lane: str, work: str, begin: _Stamp, end: _Stamp) -> None:
+    def _record(self, lane: str, work: str, begin: object, end: object) -> None:
         self._records.append((lane, work, begin, end))
 
     def stop(self) -> None:
@@ -48,10 +47,10 @@ class StepTimer:
         """What ran when, in seconds since construction. The caller has synchronized the lanes."""
         return [Span(lane, work, self._seconds(begin), self._seconds(end)) for lane, work, begin, end in self._records]
 
-    def _seconds(self, stamp: _Stamp) -> float:
+    def _seconds(self, stamp: object) -> float:
         if isinstance(stamp, torch.Event):
             return float(self._origin.elapsed_time(stamp)) / 1e3
-        return stamp - self.origin_s
+        return self._accelerator.stamp_s(stamp) - self.origin_s
 
 
 def work_of(spans: Sequence[Span], subgroups: Sequence[Subgroup]) -> dict[str, tuple[float, float]]:

@@ -113,7 +113,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   });
   m.def("set_host_memory", [](double bytes_per_s) { Runtime::get().set_host_memory(bytes_per_s); });
   m.def("host_time_s", [] { return Runtime::get().host_time_s(); });
-  m.def("host_stamp_s", [] { return Runtime::get().host_stamp_s(); });
+  m.def("host_stamp", [] { return Runtime::get().host_stamp(); });
+  m.def("time_s", [](const HostMark& mark) { return Runtime::get().time_s(mark); });
   m.def("own_host_clock", [] { Runtime::get().own_host_clock(); });
   m.def("host_mark", [] { return Runtime::get().host_mark(); });
   m.def("host_join", [](const HostMark& mark) { Runtime::get().host_join(mark); });

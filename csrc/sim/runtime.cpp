@@ -45,7 +45,9 @@ Stream& Runtime::pool_stream(int device) {
     warn("more than " + std::to_string(kPoolSize) + " streams: this one is also another, whose work it waits for");
   Lock lock;
   const size_t id = 1 + state.next_in_pool++ % kPoolSize;
-  return id == state.streams.size() ? add_stream(device) : *state.streams[id];
+  Stream& stream = id == state.streams.size() ? add_stream(device) : *state.streams[id];
+  stream.turn = ++num_turns_;
+  return stream;
 }
 
 void Runtime::configure(const Settings& settings) {
@@ -113,6 +115,7 @@ void Runtime::charge(Stream& stream, const Operation& operation, NameId call_sit
     Task task;
     task.name = operation.name;
     task.stream = stream.id;
+    task.turn = stream.turn;
     task.device = stream.device;
     task.engine = operation.cost.engine;
     task.seconds = operation.cost.seconds(profile);
@@ -131,8 +134,7 @@ void Runtime::add_task(Stream& stream, Task task) {
   std::vector<Moment> after = std::exchange(stream.waits, {});
   after.push_back({stream.last, 0});
   after.push_back(host().now);
-  const bool is_work = task.name != 0;
-  stream.last = schedule_.add(std::move(task), after, is_work);
+  stream.last = schedule_.add(std::move(task), after);
 }
 
 EventPtr Runtime::record(Stream& stream) {
@@ -256,7 +258,7 @@ void Runtime::host_charge(double seconds, double num_bytes, const std::string& n
   task.name = intern(name);
   task.seconds = seconds;
   if (seconds > 0) task.host_bytes_per_s = num_bytes / seconds;
-  host().now = {schedule_.add(std::move(task), {host().now}, true), 0};
+  host().now = {schedule_.add(std::move(task), {host().now}), 0};
 }
 
 double Runtime::host_time_s() {
@@ -264,7 +266,15 @@ double Runtime::host_time_s() {
   return schedule_.time_s(host().now);
 }
 
-double Runtime::host_stamp_s() { return executor_ == Executor::kThreads ? wall_time_s() : host_time_s(); }
+double Runtime::time_s(const HostMark& mark) {
+  Lock lock;
+  return schedule_.time_s(mark.moment);
+}
+
+HostMark Runtime::host_stamp() {
+  Lock lock;
+  return {{}, executor_ == Executor::kThreads ? Moment{nullptr, wall_time_s()} : host().now};
+}
 
 // A clock whose thread has ended serves the next one: components stay few, and what was known of them stays true.
 void Runtime::own_host_clock() {
@@ -334,8 +344,7 @@ void Runtime::clear_races() {
 
 std::vector<TaskPtr> Runtime::spans() {
   Lock lock;
-  const auto& spans = schedule_.spans();
-  return {spans.begin(), spans.end()};
+  return schedule_.spans();
 }
 
 }  // namespace sim

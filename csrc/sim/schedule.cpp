@@ -1,56 +1,37 @@
 #include "schedule.h"
 
-#include <c10/util/Exception.h>
-
 #include <algorithm>
 #include <iterator>
+#include <tuple>
 
 namespace sim {
-namespace {
 
-using Busy = std::map<double, double>;
-
-double first_gap_s(const Busy& busy, double ready_s, double seconds) {
-  double start_s = ready_s;
-  auto next = busy.upper_bound(start_s);
-  if (next != busy.begin()) start_s = std::max(start_s, std::prev(next)->second);
-  for (; next != busy.end() && next->first < start_s + seconds; ++next) start_s = next->second;
-  return start_s;
+bool Schedule::InTurn::operator()(const Task* a, const Task* b) const {
+  const auto turn = [](const Task& task) {
+    return std::tie(task.ready_s, task.enqueued_s, task.turn, task.seconds, task.order);
+  };
+  return turn(*a) < turn(*b);
 }
 
-void add_busy(Busy& busy, double start_s, double end_s) {
-  auto next = busy.upper_bound(start_s);
-  if (next != busy.end() && next->first == end_s) {
-    end_s = next->second;
-    next = busy.erase(next);
-  }
-  if (next != busy.begin() && std::prev(next)->second == start_s)
-    std::prev(next)->second = end_s;
-  else
-    busy[start_s] = end_s;
-}
-
-}  // namespace
-
-TaskPtr Schedule::add(Task given, const std::vector<Moment>& after, bool is_traced) {
+TaskPtr Schedule::add(Task given, const std::vector<Moment>& after) {
+  if (tasks_.size() == kMaxRemembered) forget(kMaxRemembered / 4);
   auto task = std::make_shared<Task>(std::move(given));
   task->order = num_added_++;
+  tasks_.push_back(task);
   num_unfinished_++;
   for (const Moment& moment : after) {
     if (is_past(moment)) continue;
-    if (moment.task && !moment.task->is_done) {
-      moment.task->followers.emplace_back(task, moment.offset_s);
-      task->num_awaited++;
-    } else {
-      task->ready_s = std::max(task->ready_s, moment.offset_s + (moment.task ? moment.task->end_s : 0));
-    }
+    task->after.push_back(moment);
+    if (!moment.task || !is_remembered(*moment.task)) continue;
+    moment.task->followers.push_back(task.get());
+    if (!moment.task->is_done) task->num_awaited++;
   }
-  if (is_traced) {
-    if (spans_.size() == kMaxSpans) spans_.pop_front();
-    spans_.push_back(task);
+  if (task->num_awaited == 0) {
+    if (become_ready(task.get()))
+      pass(task.get());
+    else
+      run_back(task->ready_s);
   }
-  if (task->num_awaited == 0) arrive(task);
-  if (num_unfinished_ > kMaxUnfinished) run_all();
   return task;
 }
 
@@ -67,16 +48,16 @@ double Schedule::time_s(const Moment& moment) {
   return moment.task->end_s + moment.offset_s;
 }
 
-const std::deque<TaskPtr>& Schedule::spans() {
+std::vector<TaskPtr> Schedule::spans() {
   run_all();
-  return spans_;
+  std::vector<TaskPtr> traced;
+  std::copy_if(tasks_.begin(), tasks_.end(), std::back_inserter(traced), [](auto& task) { return task->name != 0; });
+  return traced;
 }
 
 void Schedule::clear() {
-  run_all();
-  for (auto& [id, engine] : engines_) engine.busy.clear();
-  spans_.clear();
-  now_s_ = 0;
+  forget(tasks_.size());
+  now_s_ = forgotten_s_ = 0;
   first_order_ = num_added_;
 }
 
@@ -99,93 +80,134 @@ void Schedule::step() {
   start_all();
   share();
   double next_s = std::numeric_limits<double>::infinity();
-  for (const TaskPtr& task : running_) next_s = std::min(next_s, task->end_s);
+  for (const Task* task : running_) next_s = std::min(next_s, task->end_s);
   for (auto& [id, engine] : engines_)
-    if (!engine.is_running && !engine.ready.empty()) next_s = std::min(next_s, engine.ready.begin()->first.first);
-  if (next_s == std::numeric_limits<double>::infinity()) return;  // what was ready lay in the past, and is done
-  now_s_ = std::max(now_s_, next_s);
-  std::vector<TaskPtr> ended;
-  auto first_ended =
-      std::stable_partition(running_.begin(), running_.end(), [&](auto& task) { return task->end_s > now_s_; });
-  ended.assign(first_ended, running_.end());
-  running_.erase(first_ended, running_.end());
-  for (const TaskPtr& task : ended) finish(task);
+    if (!engine.is_running && !engine.ready.empty()) next_s = std::min(next_s, (*engine.ready.begin())->ready_s);
+  now_s_ = next_s;
+  std::vector<Task*> ended;
+  std::copy_if(running_.begin(), running_.end(), std::back_inserter(ended),
+               [&](const Task* task) { return task->end_s <= now_s_; });
+  for (Task* task : ended) finish(task);
 }
 
 void Schedule::start_all() {
-  for (auto& [id, engine] : engines_) {
-    while (!engine.is_running && !engine.ready.empty() && engine.ready.begin()->first.first <= now_s_) {
-      const TaskPtr task = engine.ready.begin()->second;
-      engine.ready.erase(engine.ready.begin());
-      start(task);
-    }
-  }
+  for (auto& [id, engine] : engines_)
+    while (!engine.is_running && !engine.ready.empty() && (*engine.ready.begin())->ready_s <= now_s_)
+      start(engine.ready.extract(engine.ready.begin()).value());
 }
 
-// Work may come to be known only after the clock has passed the time it was ready at, where another thread asked for a
-// later time. It then takes its place in the past, beside what ran there.
-void Schedule::start(const TaskPtr& task) {
-  const bool is_host = task->engine == Engine::kHost;
-  const double ready_s = task->ready_s;
-  task->start_s = is_host || ready_s >= now_s_
-                      ? ready_s
-                      : std::min(now_s_, first_gap_s(engine_of(*task).busy, ready_s, task->seconds));
-  task->end_s = task->start_s + task->seconds;
-  if (task->end_s <= now_s_) return finish(task);
-  if (!is_host) engine_of(*task).is_running = true;
-  running_.push_back(task);
+void Schedule::start(Task* task) {
+  note(Change::Kind::kStart, task);
+  task->start_s = now_s_;
+  task->end_s = now_s_ + task->seconds;
+  task->speed = 1;
+  engine_of(*task).is_running = task->engine != Engine::kHost;
+  running_.insert(task);
 }
 
-void Schedule::finish(TaskPtr finished) {
-  std::vector<TaskPtr> done{std::move(finished)};
+void Schedule::finish(Task* task) {
+  note(Change::Kind::kFinish, task);
+  running_.erase(task);
+  engine_of(*task).is_running = false;
+  pass(task);
+}
+
+// It is done, and with it all that only marked a moment after it.
+void Schedule::pass(Task* first) {
+  std::vector<Task*> done{first};
   while (!done.empty()) {
-    const TaskPtr task = std::move(done.back());
+    Task* task = done.back();
     done.pop_back();
     task->is_done = true;
     num_unfinished_--;
-    if (task->engine != Engine::kHost && task->seconds > 0) {
-      EngineState& engine = engine_of(*task);
-      add_busy(engine.busy, task->start_s, task->end_s);
-      engine.is_running = false;
-    }
-    for (auto& [follower, offset_s] : std::exchange(task->followers, {})) {
-      follower->ready_s = std::max(follower->ready_s, task->end_s + offset_s);
-      if (--follower->num_awaited) continue;
-      if (follower->seconds > 0) {
-        arrive(follower);
-      } else {
-        follower->start_s = follower->end_s = follower->ready_s;
-        done.push_back(follower);
-      }
-    }
+    for (Task* follower : task->followers)
+      if (--follower->num_awaited == 0 && become_ready(follower)) done.push_back(follower);
   }
 }
 
-void Schedule::arrive(const TaskPtr& task) {
-  if (task->seconds > 0) {
-    engine_of(*task).ready.emplace(std::pair(task->ready_s, task->order), task);
-    return;
+// All that it waits for is done. True if it is done too, since it only marks a moment: work waits for its turn.
+bool Schedule::become_ready(Task* task) {
+  task->ready_s = task->enqueued_s = 0;
+  for (const Moment& moment : task->after) {
+    task->enqueued_s = moment.offset_s + (moment.task ? moment.task->end_s : 0);
+    task->ready_s = std::max(task->ready_s, task->enqueued_s);
   }
-  task->start_s = task->end_s = task->ready_s;
-  finish(task);
+  if (task->seconds > 0)
+    engine_of(*task).ready.insert(task);
+  else
+    task->start_s = task->end_s = task->ready_s;
+  return task->seconds == 0;
 }
 
 // The speed of each piece of running work from now on, and the end that follows from it.
 void Schedule::share() {
   double asked_bytes_per_s = 0;
-  for (const TaskPtr& task : running_) {
+  for (Task* task : running_) {
     const EngineState& engine = engine_of(*task);
     task->link_speed = engine.opposite && engine.opposite->is_running ? engine.duplex_speed : 1;
     asked_bytes_per_s += task->link_speed * task->host_bytes_per_s;
   }
   const double squeeze = std::min(1.0, asked_bytes_per_s > 0 ? host_bytes_per_s_ / asked_bytes_per_s : 1.0);
-  for (const TaskPtr& task : running_) {
+  for (Task* task : running_) {
     const double speed = task->host_bytes_per_s > 0 ? task->link_speed * squeeze : task->link_speed;
     if (speed == task->speed) continue;
-    const double left_s = task->end_s - std::max(now_s_, task->start_s);
-    task->end_s = std::max(now_s_, task->start_s) + left_s * task->speed / speed;
+    note(Change::Kind::kSpeed, task);
+    task->end_s = now_s_ + (task->end_s - now_s_) * task->speed / speed;
     task->speed = speed;
   }
+}
+
+// ---- what was, again
+
+// Before all that happened at `to_s` or later; see [Note: running back].
+void Schedule::run_back(double to_s) {
+  while (!changes_.empty() && changes_.back().time_s >= to_s) {
+    undo(changes_.back());
+    changes_.pop_back();
+  }
+  now_s_ = changes_.empty() ? forgotten_s_ : changes_.back().time_s;
+}
+
+void Schedule::undo(const Change& change) {
+  Task* task = change.task;
+  EngineState& engine = engine_of(*task);
+  task->end_s = change.end_s;
+  task->speed = change.speed;
+  if (change.kind == Change::Kind::kStart) {
+    running_.erase(task);
+    engine.is_running = false;
+    engine.ready.insert(task);
+  } else if (change.kind == Change::Kind::kFinish) {
+    engine.is_running = task->engine != Engine::kHost;
+    running_.insert(task);
+    std::vector<Task*> undone{task};
+    while (!undone.empty()) {
+      Task* awaited = undone.back();
+      undone.pop_back();
+      awaited->is_done = false;
+      num_unfinished_++;
+      for (Task* follower : awaited->followers) {
+        if (follower->num_awaited++) continue;
+        if (follower->seconds > 0)
+          engine_of(*follower).ready.erase(follower);
+        else
+          undone.push_back(follower);
+      }
+    }
+  }
+}
+
+// The oldest tasks: they stay as they are, and work that would have run beside them waits until they are over.
+void Schedule::forget(size_t num_tasks) {
+  run_all();
+  for (; num_tasks; num_tasks--) {
+    Task& oldest = *tasks_.front();
+    if (oldest.seconds > 0) forgotten_s_ = std::max(forgotten_s_, oldest.end_s);
+    oldest.after.clear();
+    oldest.followers.clear();
+    tasks_.pop_front();
+  }
+  while (!changes_.empty() && changes_.front().time_s <= forgotten_s_) changes_.pop_front();
 }
 
 }  // namespace sim

@@ -120,9 +120,21 @@ class Accelerator:
         may find the time that it would take there.
         """
 
-    def host_time_s(self) -> float:
-        """The clock that work of the host is timed with, in seconds from an arbitrary start."""
+    def host_stamp(self) -> object:
+        """Now, on the clock that work of the host is timed with."""
         return time.perf_counter()
+
+    def stamp_s(self, stamp: object) -> float:
+        """When ``stamp`` was taken, in seconds from an arbitrary start.
+
+        To be asked when no thread works any more: in virtual time, what is enqueued later may still slow what ran.
+        """
+        assert isinstance(stamp, float)
+        return stamp
+
+    def host_time_s(self) -> float:
+        """Now, in seconds; see :meth:`stamp_s`."""
+        return self.stamp_s(self.host_stamp())
 
     def own_host_clock(self) -> None:
         """Give the calling thread, a worker, a clock apart from the process's: what it does overlaps with the rest.

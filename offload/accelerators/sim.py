@@ -181,7 +181,7 @@ def counts() -> tuple[int, int]:
 
 
 def trace() -> list[TraceSpan]:
-    """All operations since :func:`configure`, in the order of enqueueing (the last million)."""
+    """All operations since :func:`configure`, in the order of enqueueing (the last few hundred thousand)."""
     return [TraceSpan(name, stream, _ENGINES[engine], *span) for name, stream, engine, *span in loaded().trace()]
 
 
@@ -192,9 +192,13 @@ def lock_pages(locks: bool) -> None:
     loaded().lock_pages(locks)
 
 
-def host_time_s() -> float:
-    """Virtual time of the calling thread's host clock."""
-    return float(loaded().host_time_s())
+def host_time_s(mark: object = None) -> float:
+    """Virtual time of the calling thread's host clock, or of ``mark``, which :func:`host_mark` gave.
+
+    What other threads enqueue later may still have run earlier, beside it, and so change it: while they work, take a
+    mark, and ask for its time when they have done. That one is the same on every run.
+    """
+    return float(loaded().host_time_s() if mark is None else loaded().time_s(mark))
 
 
 def host_charge(seconds: float, name: str = "host work", num_bytes: float = 0) -> None:
@@ -253,8 +257,11 @@ class SimAccelerator(Accelerator):
     def charge_host_time(self, seconds: float, name: str = "host work", *, numel: int = 0, num_bytes: int = 0) -> None:
         host_charge(update_seconds(numel, measured_s=seconds), name, num_bytes)
 
-    def host_time_s(self) -> float:
-        return float(loaded().host_stamp_s())
+    def host_stamp(self) -> object:
+        return loaded().host_stamp()
+
+    def stamp_s(self, stamp: object) -> float:
+        return host_time_s(stamp)
 
     def own_host_clock(self) -> None:
         own_host_clock()

@@ -14,8 +14,9 @@ from offload.accelerators import Accelerator, accelerator_for
 from offload.lanes.base import Event, Lanes, Work
 from offload.watchdog import wait_for
 
-# Called once for each piece of work of a timed lane: lane's name, work's name, and two readings of its clock.
-Recorder = Callable[[str, str, "torch.Event | float", "torch.Event | float"], None]
+# Called once for each piece of work of a timed lane: lane's name, work's name, and its begin and end: events of a
+# stream, or stamps of the host's clock.
+Recorder = Callable[[str, str, object, object], None]
 
 
 class HostEvent:
@@ -152,13 +153,13 @@ class HostLane:
             self._worker.doing = f"runs {work.name}"
             if work.numel:
                 accelerator.begin_host_task()
-            begin_s, start_s = accelerator.host_time_s(), time.perf_counter()
+            begin, start_s = accelerator.host_stamp(), time.perf_counter()
             with accelerator.annotate(f"offload {self.name} {work.name}"):
                 work.run()
             took_s = time.perf_counter() - start_s
             accelerator.charge_host_time(took_s, work.name, numel=work.numel, num_bytes=work.host_bytes)
             if self.recorder:
-                self.recorder(self.name, work.name, begin_s, accelerator.host_time_s())
+                self.recorder(self.name, work.name, begin, accelerator.host_stamp())
             return accelerator.host_mark()
         except BaseException as error:
             self._error = error
