@@ -1,6 +1,6 @@
 """Every part of DeepSpeed that the plugin touches, checked before it is used.
 
-What is here has been the same in DeepSpeed 0.16.9 to 0.19.8. Where a version moves one, the error names it, instead of a
+What is here is the same in DeepSpeed 0.16.9 to 0.19.8. Where a version moves one, the error names it, instead of a
 training that goes wrong.
 """
 
