@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import offload
 from offload.accelerators import Accelerator
+from offload.limits import MemoryLimit
 from tests.streaming_models import WIDTH, Block, Model, build, poison_freed_places, tokens
 from tests.training import assert_same_bits, snapshot
 
@@ -182,6 +183,19 @@ def test_a_device_smaller_than_the_budget_leaves_the_model_whole(sim: ModuleType
     with pytest.raises(torch.OutOfMemoryError):
         streamed(model, "64MiB")
     assert_same_bits(outputs(model, "cpu"), expected(make))
+
+
+def test_host_memory_that_does_not_hold_a_block_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused at the third of eight blocks; those that were moved already are whole."""
+    free_bytes = iter([BLOCK_BYTES, BLOCK_BYTES, BLOCK_BYTES - 1])
+    limits = lambda: [MemoryLimit("the limit", 10 * BLOCK_BYTES, next(free_bytes), True, "raise it")]  # noqa: E731
+    monkeypatch.setattr("offload.streaming.host_memory.host_limits", limits)
+    model = build()
+    numbers = rf"the limit leaves .*\({BLOCK_BYTES - 1} bytes\).* needs .*\({BLOCK_BYTES} bytes\): raise it"
+    with pytest.raises(offload.BudgetError, match=numbers):
+        streamed(model)
+    assert {param.device.type for param in model.parameters()} == {"cpu"}
+    assert_same_bits(outputs(model, "cpu"), expected())
 
 
 def test_the_reserve_counts_against_the_budget() -> None:
