@@ -1,6 +1,6 @@
 """Iterations of DeepSpeed's own offloading and of the plugin, on the same emulated hardware (simulated).
 
-Run: python -m bench.deepspeed [--quick] [--json FILE] [--profile NAME]. Needs DeepSpeed.
+Run: python -m bench.deepspeed [--quick] [--json FILE] [--profile NAME] [--tokens N]. Needs DeepSpeed.
 
 The device is emulated and its clock virtual: copies, kernels and launches take what the profile says. So does the
 host's work, which is charged at the profile's rates for everyone: updates, and each pass of DeepSpeed's over gradients
@@ -9,7 +9,7 @@ leave of host memory, at the rate at which they went on average in the update be
 its copies from pageable memory are as fast as others.
 
 The model is a miniature: fixed costs (launches, copy latencies) are scaled by its size over that of a model of
-7 billion parameters, and the device's rate of arithmetic by the tokens of its step over 2048.
+7 billion parameters, and the device's rate of arithmetic by the tokens of its step over those of ``--tokens``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -36,7 +36,7 @@ from offload.kernels import AdamScalars, adam_step
 from offload.testing import sim
 
 PROFILE = "h100-sxm-16-cores"
-FULL_NUMEL, FULL_TOKENS = 7e9, 2048  # what the miniature stands for
+FULL_NUMEL = 7e9  # what the miniature stands for
 STATE_BYTES = 28  # that one fused update reads and writes in host memory, a parameter
 UNSCALE_BYTES = 8  # DeepSpeed's pass over an fp32 gradient: read and written
 CLIP = 1.0
@@ -52,6 +52,7 @@ class Size:
     sub_group_size: int
     num_warm_up: int  # of which the plugin's plan="auto" needs some to measure and decide
     num_steps: int
+    full_tokens: int = 2048  # that the step of the model it stands for has on each device
 
 
 QUICK = Size(width=128, num_layers=6, tokens=64, sub_group_size=70_000, num_warm_up=6, num_steps=4)
@@ -185,7 +186,7 @@ def emulate(profile: HardwareProfile, size: Size, numel: int) -> float:
         d2h_bytes_per_s=profile.both_bytes_per_s,
         pageable_bytes_per_s=profile.both_bytes_per_s,
         memory_bytes_per_s=profile.device_memory_bytes_per_s,
-        flops=profile.device_flops * size.tokens / FULL_TOKENS,
+        flops=profile.device_flops * size.tokens / size.full_tokens,
         latency_s=latency_s,
         launch_s=profile.launch_latency_s * scale,
     )
@@ -291,6 +292,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a smaller model and fewer steps")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     parser.add_argument("--profile", default=PROFILE, help=f"hardware profile by name or file (default: {PROFILE})")
+    parser.add_argument(
+        "--tokens", type=int, default=QUICK.full_tokens, help="of a step on a device: how long forward and backward are"
+    )
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
@@ -298,7 +302,8 @@ def main() -> None:
     from offload.integrations.deepspeed.emulated import use_emulated_device
 
     use_emulated_device()
-    profile, size = HardwareProfile.load(options.profile), QUICK if options.quick else FULL
+    profile = HardwareProfile.load(options.profile)
+    size = replace(QUICK if options.quick else FULL, full_tokens=options.tokens)
     print(f"{'simulated, ' + profile.name:<32}iteration  down    up (bytes a parameter)")
     cases = {}
     for name, arguments in CASES.items():
@@ -310,6 +315,7 @@ def main() -> None:
     found: dict[str, Any] = {
         "profile": f"{profile.name} (simulated)",
         "clipping": CLIP,
+        "tokens": size.full_tokens,
         "cases": cases,
         "vs_zero_offload": cases["zero_offload"]["iteration_s"] / ours_s,
         # With half of the state on the device, as TwinFlow has it; and with none.

@@ -60,11 +60,22 @@ def choose_accelerator(name: str) -> torch.device:
         os.environ.setdefault(key, value)
     os.environ.setdefault("MASTER_PORT", "29500")
     os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))  # ranks of DeepSpeed's CPU accelerator
+    if name == "cpu":
+        leave_collectives_to_gloo()
     return torch.device(name, int(os.environ["LOCAL_RANK"])) if name == "cuda" else torch.device(name)
 
 
-def load_config(arguments: argparse.Namespace) -> dict[str, Any]:
+def leave_collectives_to_gloo() -> None:
+    """Otherwise DeepSpeed's CPU accelerator first compiles an extension for them, for minutes."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def load_config(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     config: dict[str, Any] = json.loads(arguments.config.read_text(encoding="utf-8"))
+    if device.type != "cuda":  # matrix products in bf16 are slow on CPUs, where the emulated accelerator computes too
+        config.pop("bf16", None)
     if arguments.stage:
         config["zero_optimization"]["stage"] = arguments.stage
     if arguments.deepspeed_only:
@@ -88,8 +99,10 @@ def main() -> None:
     from offload.integrations.deepspeed import initialize  # DeepSpeed looks for its accelerator when it is imported
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16, use_cache=False).train()
-    engine, *_ = initialize(model=model, model_parameters=model.parameters(), config=load_config(arguments))
+    config = load_config(arguments, device)
+    dtype = torch.bfloat16 if "bf16" in config else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype, use_cache=False).train()
+    engine, *_ = initialize(model=model, model_parameters=model.parameters(), config=config)
     num_batches = arguments.steps * engine.world_size
     batches = load_batches(arguments.model, arguments.text, num_batches, 1, arguments.seq_len).to(device)
     if engine.global_rank == 0 and not arguments.deepspeed_only:

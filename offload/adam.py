@@ -19,8 +19,11 @@ from offload.subgroup import Slot, Staging
 
 _AMSGRAD_FP32 = StateKind(moments=("first", "second", "max_second"))
 
-
 _NO_ROUNDING = Rounding()
+
+# Elements of a parameter that a master is read from at a time. Temporaries are some ten times as large and on no bill.
+HOST_PIECE_NUMEL = 1 << 16
+_DEVICE_PIECE_NUMEL = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +222,7 @@ def flat(param: Tensor) -> Tensor:
     return local(param).detach().view(-1)
 
 
-def read_master(actions: AdamSubgroup, item: ParamSlice) -> None:
+def read_master(actions: AdamSubgroup, item: ParamSlice, from_device: Tensor) -> None:
     """Take a parameter's value from the device into its float32 master.
 
     Where the parameter still is the rounded master, bit for bit, the master keeps what the rounding dropped: so a
@@ -227,9 +230,23 @@ def read_master(actions: AdamSubgroup, item: ParamSlice) -> None:
 
     Where half of the master is the parameter itself, nothing is left to compare with: the remainder is kept wherever
     parameter and remainder make a master that rounds to the parameter.
+
+    Args:
+        from_device: HOST_PIECE_NUMEL float32 elements of host memory, which a parameter on the device comes through.
     """
-    state = actions.state_of(item)
-    param = flat(item.param).to(state.master.device)
+    state, param = actions.state_of(item), flat(item.param)
+    on_host = state.master.device.type == "cpu"
+    piece_numel = HOST_PIECE_NUMEL if on_host else _DEVICE_PIECE_NUMEL
+    buffer = from_device.view(param.dtype)
+    for begin in range(0, item.numel, piece_numel):
+        numel = min(piece_numel, item.numel - begin)
+        piece = param.narrow(0, begin, numel)
+        if on_host and param.device.type != "cpu":
+            piece = buffer[:numel].copy_(piece)
+        _read_piece(state.narrow(begin, numel), piece)
+
+
+def _read_piece(state: State, param: Tensor) -> None:
     if not state.is_compact:
         bits = torch.int32 if param.itemsize == 4 else torch.int16
         unchanged = state.master.to(param.dtype).view(bits) == param.view(bits)

@@ -21,10 +21,15 @@ Inputs = Callable[[], tuple[Any, ...]]
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of all storages made inside it that are still alive, and the most there were at a time."""
+    """Counts the bytes of all storages made inside it that are still alive, and the most there were at a time.
 
-    def __init__(self) -> None:
+    Args:
+        align_bytes: each storage counts as whole units of this, as allocators hand them out.
+    """
+
+    def __init__(self, align_bytes: int = 1) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._align_bytes = align_bytes
         self.live_bytes = 0
         self.peak_bytes = 0
         self._seen: weakref.WeakKeyDictionary[torch.UntypedStorage, None] = weakref.WeakKeyDictionary()
@@ -42,7 +47,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if storage in self._seen:
             return
         self._seen[storage] = None
-        num_bytes = storage.nbytes()
+        num_bytes = -(-storage.nbytes() // self._align_bytes) * self._align_bytes
         self.live_bytes += num_bytes
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
         weakref.finalize(storage, self._forget, num_bytes)
@@ -70,15 +75,15 @@ def trace_module(build: Build, inputs: Inputs, *, name: str = "module", device: 
         with torch.device("meta"):
             module = build()
         with FakeTensorMode():
-            _make_fake(module, device)
+            make_fake(module, device)
             arguments = [item.to(device) if isinstance(item, Tensor) else item for item in inputs()]
             return _trace(module, arguments, name)
     except (RuntimeError, NotImplementedError) as error:
         raise ValueError(f"{name} cannot run on tensors without values: {error}") from error
 
 
-def _make_fake(module: nn.Module, device: str) -> None:
-    """Replace parameters and buffers by fake ones on ``device``; those that are tied stay so."""
+def make_fake(module: nn.Module, device: str) -> dict[Tensor, Tensor]:
+    """Replace parameters and buffers by fake ones on ``device``, and say by which; those that are tied stay so."""
     fakes: dict[Tensor, Tensor] = {}
     for owner in module.modules():
         for tensors in (owner._parameters, owner._buffers):
@@ -91,6 +96,7 @@ def _make_fake(module: nn.Module, device: str) -> None:
                         fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
                     fakes[tensor] = fake
                 tensors[key] = fakes[tensor]  # type: ignore[assignment]
+    return fakes
 
 
 def _trace(module: nn.Module, arguments: Sequence[Any], name: str) -> ModelCost:
@@ -103,13 +109,13 @@ def _trace(module: nn.Module, arguments: Sequence[Any], name: str) -> ModelCost:
         live.note(tensor)
     resting_bytes = live.live_bytes
     with live:
-        loss = _loss(module(*arguments), name)
+        loss = loss_of(module(*arguments), name)
         saved_bytes = live.live_bytes - resting_bytes
         live.peak_bytes = live.live_bytes
         torch.autograd.backward(loss)
     module.zero_grad()
     with _flops() as forward:  # a run of its own: counting holds on to what backward would free
-        loss = _loss(module(*arguments), name)
+        loss = loss_of(module(*arguments), name)
     with _flops() as backward:
         torch.autograd.backward(loss)
     beyond = live.peak_bytes - max(resting_bytes + saved_bytes, resting_bytes + num_bytes)
@@ -132,7 +138,7 @@ def _flops() -> Iterator[Callable[[], float]]:
         yield lambda: float(counter.get_total_flops())
 
 
-def _loss(output: Any, name: str) -> Tensor:
+def loss_of(output: Any, name: str) -> Tensor:
     loss = getattr(output, "loss", None)
     if isinstance(loss, Tensor):
         return loss

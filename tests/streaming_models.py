@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from offload.streaming.engine import Engine
+from offload.streaming.expert_cache import ExpertCache
 
 WIDTH, VOCAB = 32, 50
 POISON = 0xFF  # four such bytes are NaN in every floating dtype
@@ -59,17 +61,22 @@ def poison_freed_places(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     The fill is enqueued on the compute stream, behind all use of the layer and before the copy that takes the place.
     """
     counts = [0]
-    real_drop = Engine._drop
 
-    def drop(engine: Engine, layer: int) -> None:
-        held = engine._held[layer]
-        real_drop(engine, layer)
-        arena = getattr(engine._source, "_arena", None)
-        if arena is not None:
-            engine._lanes.compute.wait(held.filled)  # perhaps it was never entered
-            with torch.no_grad():
-                arena[held.offset : held.offset + engine._layer_bytes[layer]].fill_(POISON)
-            counts[0] += 1
+    def poisoned(kind: type[Engine] | type[ExpertCache]) -> None:
+        real_drop = kind._drop
 
-    monkeypatch.setattr(Engine, "_drop", drop)
+        def drop(loader: Any, layer: int) -> None:
+            held = loader._held[layer]
+            real_drop(loader, layer)
+            arena = getattr(loader._source, "_arena", None)
+            if arena is not None:
+                loader._lanes.compute.wait(held.filled)  # perhaps it was never entered
+                with torch.no_grad():
+                    arena[held.offset : held.offset + loader._source._layers[layer].num_bytes].fill_(POISON)
+                counts[0] += 1
+
+        monkeypatch.setattr(kind, "_drop", drop)
+
+    poisoned(Engine)
+    poisoned(ExpertCache)
     return counts

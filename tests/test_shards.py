@@ -81,6 +81,22 @@ def test_whole_state_is_refused_where_shards_are_needed(mesh: DeviceMesh) -> Non
         optimizer.load_state_dict(state)
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_shards_are_not_saved_as_whole_parameters(mesh: DeviceMesh, tmp_path: Path, asynchronous: bool) -> None:
+    param = sharded_param(mesh)
+    optimizer = offload.AdamW([("weight", param)])
+    words = r"parameter number 0 is spread over ranks .* use torch\.distributed\.checkpoint"
+    with pytest.raises(ValueError, match=words):
+        offload.save(tmp_path / "a", optimizer, asynchronous=asynchronous)
+    assert not (tmp_path / "a").exists()
+    offload.save(tmp_path / "a", offload.AdamW([("weight", nn.Parameter(torch.ones(4, 8)))]))
+    with pytest.raises(offload.CheckpointError, match=words):
+        offload.load(tmp_path / "a", optimizer)
+    model = nn.ParameterDict({"weight": param.requires_grad_(False), "bias": nn.Parameter(torch.ones(2))})
+    with pytest.raises(ValueError, match="parameter weight is spread"):
+        offload.save(tmp_path / "b", offload.AdamW([model["bias"]]), model, asynchronous=asynchronous)
+
+
 def test_a_flag_is_asked_of_every_mesh(mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(dist, "all_reduce", lambda flag, op, group: asked.append(op))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import offload
 from offload.accelerators import Accelerator
+from offload.limits import MemoryLimit
 from tests.streaming_models import WIDTH, Block, Model, build, poison_freed_places, tokens
 from tests.training import assert_same_bits, snapshot
 
@@ -182,6 +183,19 @@ def test_a_device_smaller_than_the_budget_leaves_the_model_whole(sim: ModuleType
     with pytest.raises(torch.OutOfMemoryError):
         streamed(model, "64MiB")
     assert_same_bits(outputs(model, "cpu"), expected(make))
+
+
+def test_host_memory_that_does_not_hold_a_block_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused at the third of eight blocks; those that were moved already are whole."""
+    free_bytes = iter([BLOCK_BYTES, BLOCK_BYTES, BLOCK_BYTES - 1])
+    limits = lambda: [MemoryLimit("the limit", 10 * BLOCK_BYTES, next(free_bytes), True, "raise it")]  # noqa: E731
+    monkeypatch.setattr("offload.streaming.host_memory.host_limits", limits)
+    model = build()
+    numbers = rf"the limit leaves .*\({BLOCK_BYTES - 1} bytes\).* needs .*\({BLOCK_BYTES} bytes\): raise it"
+    with pytest.raises(offload.BudgetError, match=numbers):
+        streamed(model)
+    assert {param.device.type for param in model.parameters()} == {"cpu"}
+    assert_same_bits(outputs(model, "cpu"), expected())
 
 
 def test_the_reserve_counts_against_the_budget() -> None:
@@ -483,6 +497,13 @@ def test_moving_a_model_that_streams_is_refused(move: Callable[[nn.Module], obje
     move(model)
 
 
+def test_cuda_on_a_model_that_streams_is_refused() -> None:
+    model = build()
+    streamed(model)
+    with pytest.raises(RuntimeError, match=r"call remove\(\)"):
+        model.cuda()
+
+
 def test_streaming_twice_is_refused() -> None:
     model = build()
     streamed(model)
@@ -595,3 +616,49 @@ def test_progress_is_shown_for_each_pass(capsys: pytest.CaptureFixture[str]) -> 
     assert "pass 2" in shown
     assert "GB/s" in shown
     handle.remove()
+
+
+class Talks(Model):
+    """Generates as transformers does: as many passes as tokens, or fewer."""
+
+    def generate(self, ids: Tensor, max_new_tokens: int = 0, fails: bool = False) -> list[Tensor]:
+        if fails:
+            raise ValueError("no")
+        return [self(ids) for _ in range(max_new_tokens - 1)]
+
+
+def test_progress_of_a_generation_is_over_all_of_its_passes(capsys: pytest.CaptureFixture[str]) -> None:
+    tqdm = pytest.importorskip("tqdm")
+    model = build(Talks)
+    handle = streamed(model, progress=True)
+    bars = []
+    handle._streamer.progress._make = lambda **kwargs: bars.append(tqdm.tqdm(**kwargs, mininterval=0)) or bars[-1]
+    with torch.no_grad():
+        got = model.generate(tokens().to("sim"), max_new_tokens=5)
+        assert_same_bits([t.cpu() for t in got], [expected(Talks, 1)[0]] * 4)
+        assert (bars[0].n, bars[0].total) == (4 * 8, 5 * 8)
+        assert "pass 4 of 5" in capsys.readouterr().err
+        with pytest.raises(ValueError, match="no"):
+            model.generate(tokens().to("sim"), max_new_tokens=5, fails=True)
+        model(tokens().to("sim"))
+    assert len(bars) == 3
+    assert bars[-1].total == 8, "a pass of its own again"
+    handle.remove()
+    assert "generate" not in model.__dict__
+
+
+class GenerationConfig:
+    max_new_tokens = None
+    max_length = 15
+
+
+def test_how_many_passes_a_generation_has_at_most() -> None:
+    from offload.streaming.progress import most_passes
+
+    model = Model()
+    ids = tokens(10)
+    assert most_passes(model, (ids,), {"max_new_tokens": 7}) == 7
+    assert most_passes(model, (ids,), {"generation_config": GenerationConfig()}) == 5
+    assert most_passes(model, (), {"input_ids": ids, "max_length": 12}) == 2
+    assert most_passes(model, (ids,), {"max_length": 10}) is None
+    assert most_passes(model, (ids,), {}) is None

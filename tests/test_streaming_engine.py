@@ -139,9 +139,9 @@ def test_without_the_wait_for_arrival_compute_reads_too_early(monkeypatch: pytes
 
 
 def test_without_the_wait_for_compute_copies_overwrite_layers_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = prediction._SizesOnly.fetch
+    real = prediction.SizesOnly.fetch
     monkeypatch.setattr(
-        prediction._SizesOnly, "fetch", lambda self, layer, offset, after: real(self, layer, offset, None)
+        prediction.SizesOnly, "fetch", lambda self, layer, offset, after: real(self, layer, offset, None)
     )
     assert any("writes" in hazard and "read" in hazard for hazard in hazards(5, 2))
 

@@ -50,10 +50,12 @@ def test_smollm2_in_128_mb(sim: ModuleType) -> None:
     gc.collect()
     torch.accelerator.reset_peak_memory_stats()
     model = load()
-    handle = offload.stream(model, "128MB", reserve="56MB")
+    handle = offload.stream(model, "128MB", example={"input_ids": ids, "labels": ids})
     assert torch.accelerator.memory_allocated() == handle.bill.weight_bytes
     got = tokens_and_loss(model, prompt, ids)
-    assert torch.accelerator.max_memory_allocated() <= 128e6
+    used = torch.accelerator.max_memory_allocated()
+    print(f"peak {used}, bill {handle.bill.device_bytes}: {handle.bill.device_bytes / used:.4f}, plan {handle.plan}")
+    assert used <= handle.bill.device_bytes <= min(128e6, 1.02 * used)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     assert "Paris" in tokenizer.decode(got[0][0])
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import copy
-import json
 import logging
-from collections.abc import Mapping
+import os
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 from offload.arguments import parse_options
 from offload.options import Options
 from offload.policy import OVERLAPS, Static, Stride, parse_policy
+
+from . import seams
 
 logger = logging.getLogger("offload")
 
@@ -108,18 +111,26 @@ class SplitConfig:
 
 
 def load_config(config: object) -> dict[str, Any]:
-    """A configuration as a dict of its own, from a dict or the path of a JSON file.
+    """A configuration as a dict of its own, from all that DeepSpeed takes: a dict, a file of (H)JSON, its base64.
 
     Raises:
-        TypeError: for anything else.
+        TypeError, ValueError: for anything else.
     """
     if isinstance(config, Mapping):
         return copy.deepcopy(dict(config))
     if isinstance(config, (str, Path)):
-        loaded = json.loads(Path(config).read_text(encoding="utf-8"))
-        assert isinstance(loaded, dict)
-        return loaded
+        text = Path(config).read_text(encoding="utf-8") if os.path.exists(config) else _decoded(str(config))
+        loaded = seams.parse_json(text)
+        if isinstance(loaded, dict):
+            return loaded
     raise TypeError(f"the DeepSpeed configuration must be a dict or the path of a JSON file, not {config!r}")
+
+
+def _decoded(config: str) -> str:
+    try:
+        return base64.urlsafe_b64decode(config).decode()
+    except ValueError as error:
+        raise ConfigError(f"{config!r} is neither the path of a DeepSpeed configuration nor one in base64") from error
 
 
 def split_config(config: object) -> SplitConfig:
@@ -133,19 +144,31 @@ def split_config(config: object) -> SplitConfig:
     if block is None:
         return SplitConfig(None, loaded)
     zero = loaded.get("zero_optimization") or {}
+    if not isinstance(zero, dict):
+        raise ConfigError(f'zero_optimization={zero!r} has no stage; make it a block: {{"stage": 3, ...}}')
+    _rename_deprecated(zero)
     _check_conflicts(loaded, zero)
     settings = _settings(block, zero.pop("offload_optimizer"), zero)
     _name_optimizer(loaded)
     return SplitConfig(settings, loaded)
 
 
+def _rename_deprecated(zero: dict[str, Any]) -> None:
+    """Old keys, as DeepSpeed reads them: it would offload by itself if they were left."""
+    if zero.pop("cpu_offload", None):
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if zero.pop("cpu_offload_param", None):
+        zero["offload_param"] = {"device": "cpu"}
+    zero.pop("cpu_offload_use_pin_memory", None)
+
+
 def _settings(block: object, offload_optimizer: Mapping[str, Any], zero: Mapping[str, Any]) -> Settings:
     stage = zero["stage"]
     if not isinstance(block, Mapping):
         raise ConfigError(f"{BLOCK} must be a block of keys, {{}} for the defaults, not {block!r}")
-    known = {field.name for field in fields(Settings)}
-    if unknown := sorted(set(block) - known):
-        raise ConfigError(f"{BLOCK} does not know {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+    _check_known(BLOCK, block, {field.name for field in fields(Settings)})
+    # DeepSpeed, which does not get to see this block, would have refused it.
+    _check_known("offload_optimizer", offload_optimizer, {*seams.offload_optimizer_keys(), *ARTIFACT_KEYS})
     values = {**_translated(offload_optimizer, block), **block}
     if zero.get("zero_quantized_weights"):
         values.setdefault("overlap", "none")
@@ -163,10 +186,17 @@ def _settings(block: object, offload_optimizer: Mapping[str, Any], zero: Mapping
     return settings
 
 
+def _check_known(name: str, block: Mapping[str, Any], known: Collection[str]) -> None:
+    if unknown := sorted(set(block) - set(known)):
+        raise ConfigError(f"{name} does not know {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+
+
 def _translated(offload_optimizer: Mapping[str, Any], block: Mapping[str, Any]) -> dict[str, Any]:
     """Keys of the paper's artifact and DeepSpeed's ``ratio`` in our words, with a note of each."""
     found: dict[str, Any] = {}
     ratio = offload_optimizer.get("ratio", 1.0)
+    if not 0 <= ratio <= 1:
+        raise ConfigError(f"offload_optimizer.ratio={ratio!r} is the CPU's share of the update; give 0 to 1")
     if ratio != 1.0:
         if block.get("resident_fraction") is not None:
             raise ConfigError(
@@ -184,6 +214,8 @@ def _translated(offload_optimizer: Mapping[str, Any], block: Mapping[str, Any]) 
         logger.info("prefetch_optimizer and prefetch_optimizer_gap are read as %s.%s=%r", BLOCK, key, value)
     if "part_grads_async" in offload_optimizer:
         logger.info("part_grads_async is left out: gradients always come down asynchronously, in their own dtype")
+    if not offload_optimizer.get("pin_memory", True):
+        logger.info("offload_optimizer.pin_memory=false is left out: %s.pinned_budget bounds pinned memory", BLOCK)
     return found
 
 

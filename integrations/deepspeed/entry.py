@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import deepspeed
@@ -36,28 +37,39 @@ def initialize(*args: Any, **kwargs: Any) -> Any:
         BudgetError: if a budget does not hold what is asked for.
     """
     bound = inspect.signature(_stock_initialize).bind(*args, **kwargs)
-    name, config = _find_config(bound.arguments)
-    if config is None:
+    config = _find_config(bound.arguments)
+    split = None if config is None else split_config(config)
+    if split is None or split.settings is None:
         return _stock_initialize(*args, **kwargs)
-    split = split_config(config)
-    if split.settings is None:
-        return _stock_initialize(*args, **kwargs)
-    bound.arguments[name] = split.deepspeed
-    stage = split.deepspeed["zero_optimization"]["stage"]
-    seams.check(seams.STAGE3_SEAMS if stage == 3 else seams.STAGE12_SEAMS)
-    with seams.zero_classes(*_classes(split.settings, split.deepspeed["zero_optimization"])):
+    zero = split.deepspeed["zero_optimization"]
+    seams.check(seams.STAGE3_SEAMS if zero["stage"] == 3 else seams.STAGE12_SEAMS)
+    with _in_the_place_of(bound.arguments, split.deepspeed), seams.zero_classes(*_classes(split.settings, zero)):
         return _stock_initialize(*bound.args, **bound.kwargs)
 
 
-def _find_config(arguments: dict[str, Any]) -> tuple[str, Any]:
-    """The configuration and the argument that it is to be passed on by, as ``deepspeed.initialize`` finds it."""
+def _find_config(arguments: Mapping[str, Any]) -> Any:
+    """The configuration, where ``deepspeed.initialize`` looks for it; None if it is nowhere."""
     for name in ("config", "config_params"):
         if arguments.get(name) is not None:
-            return name, arguments[name]
-    path = getattr(arguments.get("args"), "deepspeed_config", None)
-    if path is not None:
-        arguments["args"].deepspeed_config = None  # DeepSpeed refuses two
-    return "config", path
+            return arguments[name]
+    return getattr(arguments.get("args"), "deepspeed_config", None)
+
+
+@contextlib.contextmanager
+def _in_the_place_of(arguments: dict[str, Any], config: dict[str, Any]) -> Iterator[None]:
+    """Arguments with ``config`` alone; ``args``, which are the user's, have their own again afterwards."""
+    arguments.pop("config_params", None)
+    arguments["config"] = config
+    args: Any = arguments.get("args")
+    path = getattr(args, "deepspeed_config", None)
+    if path is None:
+        yield
+        return
+    args.deepspeed_config = None  # DeepSpeed refuses two
+    try:
+        yield
+    finally:
+        args.deepspeed_config = path
 
 
 def _classes(settings: Settings, zero: dict[str, Any]) -> tuple[type, type]:

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
+import hjson
+from deepspeed.runtime.config_utils import dict_raise_error_on_duplicate_keys
+from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig
 
 OLDEST = "0.16.0"
 STAGE3 = "deepspeed.runtime.zero.stage3"
@@ -105,8 +108,8 @@ STAGE3_ATTRIBUTES = (
     "sub_group_to_group_id",
 )  # fmt: skip
 STAGE12_ATTRIBUTES = (
-    "averaged_gradients", "bit16_groups", "bit16_groups_flat", "clip_grad", "device", "dp_process_group", "loss_scale",
-    "optimizer", "parallel_partitioned_bit16_groups", "real_dp_process_group", "single_partition_of_fp32_groups",
+    "bit16_groups", "bit16_groups_flat", "clip_grad", "device", "loss_scale", "optimizer",
+    "parallel_partitioned_bit16_groups", "real_dp_process_group", "single_partition_of_fp32_groups",
     "_hp_optimizer_states_linked",
 )  # fmt: skip
 
@@ -126,6 +129,16 @@ def check_attributes(zero_optimizer: object, names: Sequence[str]) -> None:
                 f"{type(zero_optimizer).__mro__[1].__name__} is not there. Use a version between {OLDEST} and the "
                 f"newest that docs/deepspeed.md names"
             )
+
+
+def parse_json(text: str) -> object:
+    """As DeepSpeed reads a configuration: it may have comments, and no key twice."""
+    return hjson.loads(text, object_pairs_hook=dict_raise_error_on_duplicate_keys)
+
+
+def offload_optimizer_keys() -> set[str]:
+    """What this version's ``offload_optimizer`` block may have."""
+    return set(DeepSpeedZeroOffloadOptimizerConfig.model_fields)
 
 
 @contextlib.contextmanager

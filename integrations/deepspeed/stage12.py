@@ -82,7 +82,6 @@ class OffloadedStage12(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSpe
 
         So it casts no gradient, and its copies of new parameters are of a tensor to itself.
         """
-        self._keep_gradients_until_read()
         self.single_partition_of_fp32_groups = self._own_partitions()
         try:
             super().step(closure)
@@ -93,13 +92,6 @@ class OffloadedStage12(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSpe
         if self.offloaded.has_grads:
             self.offloaded.step_put_grads(self._readers_of_partitions())
             self._states.await_where_read()
-
-    def _keep_gradients_until_read(self) -> None:
-        """Reduced on DeepSpeed's stream, they are read on the current one, and their memory given back to the first."""
-        for gradients in self.averaged_gradients.values():
-            for grad in gradients or ():
-                if grad.device.type != "cpu":
-                    grad.record_stream(torch.accelerator.current_stream())
 
     def unscale_and_clip_grads(self, grad_groups_flat: list[Tensor], total_norm: Tensor | None) -> None:
         self.offloaded.set_grad_scale(total_norm, self.loss_scale, self.clip_grad)

@@ -9,24 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offload.checkpoint.index import Index, Param
+from offload.checkpoint.index import Description, Index, Param
 from offload.optimizer import OffloadedOptimizer
+from offload.shards import is_sharded
 from offload.tensor_file import NAMES, FileRecord, Kind, kind_of
 
 _FILE_BYTES = 1 << 28  # a file is closed when it has as many: few files, and no more than one need be read again
-
-
-@dataclass(frozen=True, slots=True)
-class Description:
-    """What one rank saves, without the tensors. See :class:`offload.checkpoint.index.Index`."""
-
-    optimizer: str
-    state_format: str
-    named: bool
-    groups: tuple[dict[str, Any], ...]
-    params: dict[str, Param]
-    has_model: bool
-    aliases: dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +43,18 @@ def name_params(optimizer: torch.optim.Optimizer, model: nn.Module | None) -> tu
     From ``model``; else those that the optimizer was constructed with; else positions over all groups.
 
     Raises:
-        ValueError: if a parameter is not the model's.
+        ValueError: if a parameter is not the model's, or one is spread over ranks.
     """
     params = [param for group in optimizer.param_groups for param in group["params"]]
+    of_model = [] if model is None else [*unwrapped(model).named_parameters()]
+    for name, param in [*of_model, *((f"number {i}", param) for i, param in enumerate(params))]:
+        if is_sharded(param):
+            raise ValueError(
+                f"parameter {name} is spread over ranks (a DTensor), and a checkpoint of this format keeps whole "
+                f"parameters: use torch.distributed.checkpoint with get_state_dict and set_state_dict"
+            )
     if model is not None:
-        names: dict[Tensor, str] = {param: name for name, param in unwrapped(model).named_parameters()}
+        names: dict[Tensor, str] = {param: name for name, param in of_model}
         if strangers := [i for i, param in enumerate(params) if param not in names]:
             raise ValueError(
                 f"{len(strangers)} of the optimizer's {len(params)} parameters are not the model's, first: number "

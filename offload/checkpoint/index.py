@@ -52,8 +52,8 @@ class Param:
 
 
 @dataclass(frozen=True, slots=True)
-class Index:
-    """All of a checkpoint but the tensors.
+class Description:
+    """What was saved, without the tensors: by one rank, or by all together.
 
     Attributes:
         optimizer: the class that was saved, for messages.
@@ -61,11 +61,8 @@ class Index:
         named: whether parameters have their model's names; else their positions, over all groups.
         groups: hyper-parameters of each parameter group.
         params: the optimizer's parameters, in order.
-        aliases: names of the model's tensors that are another's, which is the one saved.
         has_model: whether the model was saved.
-        data: the folder that the files are in.
-        files: what each file is known by.
-        extra: the user's.
+        aliases: names of the model's tensors that are another's, which is the one saved.
     """
 
     optimizer: str
@@ -75,6 +72,18 @@ class Index:
     params: dict[str, Param]
     has_model: bool
     aliases: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Index(Description):
+    """All of a checkpoint but the tensors.
+
+    Attributes:
+        data: the folder that the files are in.
+        files: what each file is known by.
+        extra: the user's.
+    """
+
     data: str
     files: dict[str, FileRecord]
     extra: dict[str, Any] = field(default_factory=dict)

@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from offload.checkpoint.contents import Description, Part, in_files, merged, name_params, part_of, without
+from offload.checkpoint.contents import Part, in_files, merged, name_params, part_of, without
 from offload.checkpoint.folder import abandon, begin, commit, new_data_name
+from offload.checkpoint.index import Description
 from offload.checkpoint.ranks import Ranks
 from offload.checkpoint.streams import Stream, at_rest, in_motion
 from offload.optimizer import OffloadedOptimizer

@@ -7,6 +7,7 @@ modules and buffers stay on the device, and training works.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
@@ -18,6 +19,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from offload.accelerators import accelerator_for
 from offload.streaming import StreamHandle, stream
 from offload.streaming.blocks import find_blocks
+
+logger = logging.getLogger("offload")
 
 _OFFLOADED = ("cpu", "disk")
 # On the model, which the handle refers to: a table of handles would keep every model alive.
@@ -32,7 +35,8 @@ def cpu_offload(
     preload_module_classes: Sequence[str] | None = None,
 ) -> nn.Module:
     """Stream all of ``model`` from host memory. Arguments as accelerate's; see :func:`dispatch_model` for limits."""
-    _refuse(offload_buffers=offload_buffers, state_dict=state_dict)
+    _refuse(state_dict=state_dict)
+    _say_buffers_stay(offload_buffers)
     return _attach(model, execution_device, {"": "cpu"}, None, preload_module_classes, None)
 
 
@@ -44,7 +48,7 @@ def disk_offload(
     preload_module_classes: Sequence[str] | None = None,
 ) -> nn.Module:
     """Stream all of ``model`` from files in ``offload_dir``. Arguments as accelerate's."""
-    _refuse(offload_buffers=offload_buffers)
+    _say_buffers_stay(offload_buffers)
     return _attach(model, execution_device, {"": "disk"}, offload_dir, preload_module_classes, None)
 
 
@@ -63,10 +67,10 @@ def dispatch_model(
     """Keep on the device what ``device_map`` puts there, and stream what it puts on "cpu" or on "disk".
 
     Raises:
-        ValueError: for more than one accelerator, "cpu" and "disk" in one map, and arguments that streaming cannot
-            honour, rather than ignoring them.
+        ValueError: for more than one accelerator, and arguments that streaming cannot honour.
     """
-    _refuse(offload_buffers=offload_buffers, state_dict=state_dict, offload_index=offload_index)
+    _refuse(state_dict=state_dict, offload_index=offload_index)
+    _say_buffers_stay(offload_buffers)
     where = {name: str(device) for name, device in device_map.items()}
     on_device = sorted({device for device in where.values() if device not in _OFFLOADED})
     if len(on_device) > 1:
@@ -103,11 +107,19 @@ def _current() -> str:
 
 def _refuse(**arguments: object) -> None:
     for name, value in arguments.items():
-        if value is not None and value is not False:
+        if value is not None:
             raise ValueError(
-                f"{name} is not available: buffers stay on the device, and weights are those of the model; load them "
-                f"first, or use offload.stream_from_pretrained"
+                f"{name} is not available: weights are those of the model; load them first, or use "
+                f"offload.stream_from_pretrained"
             )
+
+
+def _say_buffers_stay(offload_buffers: bool) -> None:
+    """A call with them offloaded gives the same, so it is no error; only the memory is not saved."""
+    if offload_buffers:
+        logger.warning(
+            "offload_buffers=True has no effect: buffers stay on the device, so that what modules write to them is kept"
+        )
 
 
 def _attach(
@@ -118,10 +130,7 @@ def _attach(
     preload_module_classes: Sequence[str] | None,
     skip_keys: Sequence[str] | None,
 ) -> nn.Module:
-    kinds = {place for place in where.values() if place in _OFFLOADED}
-    if len(kinds) > 1:
-        raise ValueError('device_map puts modules on "cpu" and on "disk"; give one of them')
-    if "disk" in kinds and offload_dir is None:
+    if "disk" in where.values() and offload_dir is None:
         raise ValueError('device_map puts modules on "disk"; say where with offload_dir')
     device = torch.device(device) if device is not None else torch.device(_current())
     units = _units(model, preload_module_classes or ())
@@ -131,8 +140,10 @@ def _attach(
         device=device,
         blocks=units,
         resident=[name for name in units if _place_of(name, where) not in _OFFLOADED],
+        experts=None,
         reserve=0,
-        disk=offload_dir if "disk" in kinds else None,
+        disk=offload_dir if "disk" in where.values() else None,
+        disk_blocks=[name for name in units if _place_of(name, where) == "disk"] if "disk" in where.values() else None,
         verbose=False,
     )
     model.__dict__[_HANDLE] = handle

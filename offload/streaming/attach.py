@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from os import PathLike
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from offload.accelerators import accelerator_for
 from offload.hardware import HardwareProfile
-from offload.pool import parse_bytes
-from offload.streaming.blocks import collect_weights, find_blocks
+from offload.pool import BudgetError, parse_bytes
+from offload.streaming.activations import Example, Workload, activations
+from offload.streaming.arena import ALIGN_BYTES
+from offload.streaming.blocks import Block, collect_weights, find_blocks
 from offload.streaming.checkpoint import is_mapped, spill
+from offload.streaming.experts import Experts, find_experts
 from offload.streaming.handle import Parts, Refusal, StreamHandle, device_bytes_of
 from offload.streaming.newcomers import all_tensors
 from offload.streaming.packing import Packing
-from offload.streaming.placement import Room, place
+from offload.streaming.placement import Room, StreamPlan, place
 from offload.streaming.prediction import Machine
 
 _RESERVE_SHARE = 8  # of the budget is left for activations and caches where nobody says how much they take
@@ -31,8 +35,12 @@ def stream(
     window: int | None = None,
     evict_batch: int = 1,
     resident: str | int | Sequence[str] = "auto",
+    experts: str | int | None = "auto",
     reserve: int | str | None = None,
+    example: Example | None = None,
+    new_tokens: int = 0,
     disk: str | PathLike[str] | None = None,
+    disk_blocks: Sequence[str] | None = None,
     profile: HardwareProfile | str | PathLike[str] | None = None,
     progress: bool = False,
     verbose: bool = True,
@@ -54,11 +62,21 @@ def stream(
         evict_batch: finished blocks that give up their places together (the paper's k').
         resident: "auto" keeps what the budget holds on the device; a number of bytes, or a size as "2GiB", is an upper
             bound on that; names are exactly the blocks that stay.
-        reserve: part of the budget left for activations, caches, gradients and adapters; None for an eighth of it.
+        experts: device memory that caches a mixture's experts, which are loaded when they are routed to: "auto" takes
+            what blocks leave of the budget; a number of bytes, or a size, is an upper bound; None streams experts with
+            their block.
+        reserve: part of the budget left for activations, caches, gradients and adapters; None for what ``example``
+            takes, or an eighth of the budget where there is none.
+        example: arguments of the largest call that will be made, by name or in order; their shapes and dtypes count.
+            What the call takes, with its backward if the model is in training mode and has trainable weights, is found
+            by making it without memory, before anything is moved.
+        new_tokens: most tokens that ``generate()`` adds to those of ``example``.
         disk: keep streamed weights in files of this folder instead of host memory, and read them ahead into a pinned
             ring of a few blocks. Weights that are mapped from a checkpoint there already stay in its files.
+        disk_blocks: names of blocks that ``disk`` is for, the others staying in host memory; None for all.
         profile: the machine to predict passes for; None measures the link and predicts that alone.
-        progress: show a progress bar over the blocks of each pass (needs tqdm).
+        progress: show a progress bar over the blocks of each pass, or of all passes of a ``generate()``, with the time
+            to go (needs tqdm).
         verbose: print where everything lives and how long a pass should take.
 
     Raises:
@@ -72,18 +90,27 @@ def stream(
     if budget_bytes is None:
         raise TypeError('device_budget must be bytes or a text such as "6GiB", not None')
     reserve_bytes = parse_bytes(reserve, "reserve")
-    reserve_bytes = budget_bytes // _RESERVE_SHARE if reserve_bytes is None else reserve_bytes
+    workload = _workload(model, example, new_tokens, reserve)
     accelerator = accelerator_for(_device(device))
-    found = collect_weights(model, find_blocks(model, blocks))
-    if not found:
+    modules = find_blocks(model, blocks)
+    mixture = Experts() if experts is None else find_experts(model, modules)
+    found = collect_weights(model, modules, without=mixture.tensors())
+    if not found and not mixture:
         raise ValueError("no block has weights of its own to stream; name others with blocks=[...]")
     packings = [Packing(block.weights) for block in found]
-    in_blocks = {id(weight.tensor) for block in found for weight in block.weights}
-    base = [tensor for tensor in all_tensors(model) if id(tensor) not in in_blocks]
+    visiting = {id(weight.tensor) for block in found for weight in block.weights} | {id(t) for t in mixture.tensors()}
+    base = [tensor for tensor in all_tensors(model) if id(tensor) not in visiting]
+    weights = [weight.tensor for block in (*found, *mixture.separate) for weight in block.weights]
+    taken = None if workload is None else activations(model, accelerator.device, workload, passing=weights)
+    if reserve_bytes is None:
+        reserve_bytes = budget_bytes // _RESERVE_SHARE if taken is None else taken.peak_bytes
     room = Room(
         budget_bytes=budget_bytes,
         base_bytes=device_bytes_of(base),
+        experts_bytes=mixture.least_cache_bytes,
         reserve_bytes=reserve_bytes,
+        gradient_share=_trained_share(weights) if workload is not None and workload.trains else 0.0,
+        freed_bytes=0 if taken is None else taken.peak_bytes - taken.last_bytes,
         window=window,
         evict_batch=evict_batch,
         resident=_resident(resident),
@@ -93,9 +120,15 @@ def stream(
     block_bytes = [packing.num_bytes for packing in packings]
     machine = None if profile is None else machine_of(profile, block_bytes)
     plan = place([block.name for block in found], block_bytes, room, machine)
+    on_disk = _on_disk([found[i] for i in plan.streamed] + mixture.as_blocks(), disk, disk_blocks)
     if disk is not None:
-        spill([found[i] for i in plan.streamed if not is_mapped(found[i])], disk)
-    parts = Parts(model, found, packings, base, plan, room, is_mapped=disk is not None)
+        spill([unit for unit in on_disk if not is_mapped(unit)], disk)
+    room = replace(
+        room,
+        experts_bytes=cache_bytes(mixture, plan, room, experts),
+        reserve_bytes=room.reserve_bytes + room.gradient_bytes(plan.resident_bytes),
+    )
+    parts = Parts(model, found, packings, base, mixture, plan, room, mapped=frozenset(unit.name for unit in on_disk))
     try:
         handle = StreamHandle(parts, accelerator, progress=progress)
     except BaseException:  # out of memory; each weight was moved as a whole or not at all
@@ -106,6 +139,44 @@ def stream(
     if verbose:
         print(handle.explain())
     return handle
+
+
+def _workload(model: nn.Module, example: Example | None, new_tokens: int, reserve: int | str | None) -> Workload | None:
+    if example is None:
+        if new_tokens:
+            raise ValueError(f"new_tokens={new_tokens} continue an example; give example=tokenizer(...) too")
+        return None
+    if reserve is not None:
+        raise ValueError("give reserve or example, not both: an example predicts what to reserve")
+    return Workload(example, new_tokens, trains=model.training and any(p.requires_grad for p in model.parameters()))
+
+
+def _on_disk(units: Sequence[Block], disk: str | PathLike[str] | None, names: Sequence[str] | None) -> list[Block]:
+    """The streamed blocks and experts that live in files."""
+    if disk is None:
+        if names is not None:
+            raise ValueError("disk_blocks names what lives on disk; say in which folder with disk")
+        return []
+    return [unit for unit in units if names is None or unit.name in names]
+
+
+def _trained_share(weights: Sequence[Tensor]) -> float:
+    trained_bytes = sum(weight.nbytes for weight in weights if weight.requires_grad)
+    return trained_bytes / max(1, sum(weight.nbytes for weight in weights))
+
+
+def cache_bytes(experts: Experts, plan: StreamPlan, room: Room, limit: str | int | None) -> int:
+    """The cache of experts: what blocks leave of the budget, as far as there are experts, and the user's limit."""
+    if not experts:
+        return 0
+    left_bytes = room.experts_bytes + room.blocks_bytes - plan.resident_bytes - plan.arena_bytes
+    left_bytes -= room.gradient_bytes(plan.resident_bytes)
+    most_bytes = left_bytes if limit == "auto" else parse_bytes(limit, "experts") or 0
+    if most_bytes < room.experts_bytes:
+        raise BudgetError(
+            f"experts={limit!r} is less than two experts, {room.experts_bytes} bytes, which the cache needs at least"
+        )
+    return min(sum(experts.expert_bytes()), left_bytes, most_bytes // ALIGN_BYTES * ALIGN_BYTES)
 
 
 def _resident(resident: str | int | Sequence[str]) -> str | int | tuple[str, ...]:

@@ -114,14 +114,17 @@ def _named_blocks(model: nn.Module, blocks: Iterable[str | nn.Module]) -> list[t
     return sorted(chosen.items(), key=lambda item: position[item[0]])
 
 
-def collect_weights(model: nn.Module, found: Sequence[tuple[str, nn.Module]]) -> list[Block]:
-    """Each block with what is streamed of it.
+def collect_weights(
+    model: nn.Module, found: Sequence[tuple[str, nn.Module]], without: Iterable[Tensor] = ()
+) -> list[Block]:
+    """Each block with what is streamed of it, ``without`` those of its weights that go another way.
 
     Raises:
         TypeError: for a weight whose bytes are not those of a plain dense tensor.
         ValueError: for trainable weights of a block that overlap in memory without being one parameter.
     """
     uses = Counter(id(tensor) for _, tensor in _all_tensors(model, remove_duplicate=False))
+    elsewhere = {id(tensor) for tensor in without}
     result = []
     for name, module in found:
         trainable = [p.requires_grad for p in module.parameters()]
@@ -133,7 +136,7 @@ def collect_weights(model: nn.Module, found: Sequence[tuple[str, nn.Module]]) ->
             full_name = f"{name}.{tensor_name}" if name else tensor_name
             is_shared = uses[id(tensor)] > inner_uses[id(tensor)]
             is_adapter = is_adapted and tensor.requires_grad
-            if is_shared or is_adapter or not _is_streamable(tensor):
+            if id(tensor) in elsewhere or is_shared or is_adapter or not _is_streamable(tensor):
                 continue
             _check_plain(full_name, tensor)
             weights.append(NamedTensor(full_name, tensor))

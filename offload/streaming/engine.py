@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from offload.lanes import Event, Lanes
 from offload.streaming.arena import Arena
@@ -29,6 +30,20 @@ class Held:
     offset: int
     filled: Event
     version: int  # of the host's weights when the copy was submitted
+
+
+class Loader(Protocol):
+    """What the calls of a model are told to."""
+
+    def begin_pass(self, *, training: bool, wraps: bool = True) -> None: ...
+
+    def abandon_pass(self) -> None: ...
+
+    def enter(self, layer: int) -> int: ...
+
+    def leave(self, layer: int) -> None: ...
+
+    def drop_all(self) -> None: ...
 
 
 class Engine:
@@ -90,8 +105,9 @@ class Engine:
         self._active.remove(layer)
         self._refill()
 
-    def holds(self, layer: int) -> bool:
-        return layer in self._held
+    def abandon_pass(self) -> None:
+        """The pass failed half way."""
+        self.order.abandon_pass()
 
     def drop_all(self) -> None:
         """Forget every copy: all are loaded again when needed."""

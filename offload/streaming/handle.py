@@ -15,7 +15,9 @@ from offload.lanes.accelerator import StreamLane, accelerator_lanes
 from offload.pool import BudgetError, format_bytes
 from offload.streaming.arena import Arena, round_up
 from offload.streaming.blocks import Block
-from offload.streaming.engine import Engine
+from offload.streaming.engine import Engine, Loader
+from offload.streaming.expert_cache import BlocksAndExperts, ExpertCache
+from offload.streaming.experts import Experts, FusedExperts, FusedForward, expert_layers
 from offload.streaming.gradients import StreamedGradients
 from offload.streaming.host_memory import HostMemory
 from offload.streaming.newcomers import Newcomers
@@ -23,7 +25,7 @@ from offload.streaming.order import CallOrder
 from offload.streaming.packing import PackedLayer, Packing
 from offload.streaming.placement import Room, StreamBill, StreamPlan
 from offload.streaming.prediction import Machine, PassPrediction
-from offload.streaming.progress import Progress
+from offload.streaming.progress import Progress, WatchedGenerate
 from offload.streaming.sources import HostSource
 from offload.streaming.streamer import Streamer
 from offload.streaming.wrapping import WrappedForward
@@ -42,17 +44,18 @@ class Parts:
 
     Attributes:
         blocks, packings: every block, and how its weights lie together.
-        base: parameters and buffers that are no streamed weights of any block.
-        is_mapped: the weights of streamed blocks lie in mapped files, and stay there.
+        base: parameters and buffers that are no streamed weights of any block, and no experts.
+        mapped: names of the streamed blocks and experts whose weights lie in mapped files, and stay there.
     """
 
     model: nn.Module
     blocks: Sequence[Block]
     packings: Sequence[Packing]
     base: Sequence[Tensor]
+    experts: Experts
     plan: StreamPlan
     room: Room
-    is_mapped: bool
+    mapped: frozenset[str]
 
 
 class Refusal:
@@ -81,6 +84,7 @@ class StreamHandle:
         plan: where each block lives.
         bill: what streaming takes, in bytes.
         machine: what predictions are made for.
+        expert_cache: what is on the device of a mixture's experts; None without.
     """
 
     def __init__(self, parts: Parts, accelerator: Accelerator, *, progress: bool) -> None:
@@ -98,15 +102,16 @@ class StreamHandle:
         host = HostMemory(accelerator)
         self._layers = [
             PackedLayer.mapped(blocks[i].weights, packings[i])
-            if parts.is_mapped
+            if blocks[i].name in parts.mapped
             else PackedLayer.in_memory(blocks[i].weights, packings[i], *host.slab(packings[i].num_bytes))
             for i in plan.streamed
         ]
+        self._layers += expert_layers(parts.experts, host, parts.mapped)
         for i in plan.resident:
             _move_packed(blocks[i], packings[i], self._device)
         for tensor in self._base:
             tensor.data = tensor.data.to(self._device)
-        self._arena = torch.empty(plan.arena_bytes, dtype=torch.uint8, device=self._device)
+        self._arena = torch.empty(plan.arena_bytes + parts.room.experts_bytes, dtype=torch.uint8, device=self._device)
         if isinstance(self._lanes.h2d, StreamLane):
             self._arena.record_stream(self._lanes.h2d.stream)
         ring = host.ring(self._layers)
@@ -114,37 +119,60 @@ class StreamHandle:
             base_bytes=parts.room.base_bytes,
             resident_bytes=plan.resident_bytes,
             arena_bytes=plan.arena_bytes,
+            experts_bytes=parts.room.experts_bytes,
             reserve_bytes=parts.room.reserve_bytes,
             host_bytes=host.num_bytes,
             pinned_bytes=host.pinned_bytes,
         )
         self._source = HostSource(self._layers, self._arena, ring, self._lanes, accelerator)
-        engine = Engine(
-            [layer.num_bytes for layer in self._layers],
-            self._source,
-            Arena(plan.arena_bytes),
-            CallOrder(len(self._layers)),
-            self._lanes,
-            window=plan.window,
-            evict_batch=plan.evict_batch,
-        )
+        self.expert_cache = self._make_cache(parts, len(streamed))
+        engine = self._make_engine(len(streamed))
         bar = Progress(len(streamed), plan.streamed_bytes) if progress else None
+        units = [*streamed, *parts.experts.separate]
         self._streamer = Streamer(
-            streamed, self._layers, self._arena, engine, self._lanes, before_pass=self._before_pass, progress=bar
+            units, self._layers, self._arena, engine, self._lanes, before_pass=self._before_pass, progress=bar
         )
         self._newcomers = Newcomers(parts.model)
-        self._wrapped = self._wrap(streamed)
+        self._wrapped: list[WrappedForward | FusedForward | WatchedGenerate] = []
+        self._wrap(blocks, units, parts.experts.fused)
+        if bar is not None and hasattr(parts.model, "generate"):
+            self._wrapped.append(WatchedGenerate(parts.model, bar))
 
-    def _wrap(self, streamed: Sequence[Block]) -> list[WrappedForward]:
+    def _make_cache(self, parts: Parts, first: int) -> ExpertCache | None:
+        if not parts.experts:
+            return None
+        expert_bytes = dict(enumerate((layer.num_bytes for layer in self._layers[first:]), start=first))
+        begin, num_bytes = parts.plan.arena_bytes, parts.room.experts_bytes
+        return ExpertCache(expert_bytes, self._source, self._lanes, begin=begin, num_bytes=num_bytes)
+
+    def _make_engine(self, num_blocks: int) -> Loader:
+        engine = Engine(
+            [layer.num_bytes for layer in self._layers[:num_blocks]],
+            self._source,
+            Arena(self.plan.arena_bytes),
+            CallOrder(num_blocks),
+            self._lanes,
+            window=self.plan.window,
+            evict_batch=self.plan.evict_batch,
+        )
+        return engine if self.expert_cache is None else BlocksAndExperts(engine, self.expert_cache, num_blocks)
+
+    def _wrap(self, blocks: Sequence[Block], units: Sequence[Block], fused: Sequence[FusedExperts]) -> None:
         refusal = Refusal(type(self._model).__name__)
-        around = _modules_around(self._model, streamed)
-        for module in (*around, *(block.module for block in streamed)):
+        visitors = [unit.module for unit in units] + [group.module for group in fused]
+        visited = {id(module) for module in visitors}
+        around = [module for module in _modules_around(self._model, blocks) if id(module) not in visited]
+        self._guarded = [*around, *visitors]
+        for module in self._guarded:
             module.__dict__["_apply"] = refusal
-        wrapped = [WrappedForward(module, self._streamer.around_model) for module in around]
-        for layer, block in enumerate(streamed):
-            wrapped.append(WrappedForward(block.module, partial(self._streamer.around_block, layer)))
-        self._guarded = [*around, *(block.module for block in streamed)]
-        return wrapped
+        self._wrapped += [WrappedForward(module, self._streamer.around_model) for module in around]
+        for layer, unit in enumerate(units):
+            self._wrapped.append(WrappedForward(unit.module, partial(self._streamer.around_block, layer)))
+        first = len(units)
+        for group in fused:
+            assert self.expert_cache is not None
+            self._wrapped.append(FusedForward(group, first, self._streamer, self.expert_cache))
+            first += group.num_experts
 
     # ---- while it streams
 
@@ -209,10 +237,10 @@ class StreamHandle:
     def measure_link(self) -> Machine:
         """The rate at which the largest streamed block goes up now. Computing is taken to cost nothing."""
         nothing = (0.0,) * len(self.plan.names)
-        pinned = [slab for layer in self._layers if (slab := layer.pinned()) is not None]
+        pinned = [piece for layer in self._layers for _, piece in layer.pinned() or ()]
         if not pinned:
             return Machine(float("inf"), nothing)
-        slab = max(pinned, key=lambda slab: slab.nbytes)
+        slab = max(pinned, key=lambda piece: piece.nbytes)
         lane = self._lanes.h2d
         assert isinstance(lane, StreamLane)
         begin, end = (torch.Event(self._device, enable_timing=True) for _ in range(2))
@@ -238,6 +266,8 @@ class StreamHandle:
             )
             if not any(self.machine.compute_s):
                 lines.append("computing is not counted: give profile= for a prediction with it")
+        if self.expert_cache is not None:
+            lines.append(str(self.expert_cache))
         return "\n".join(lines)
 
     def synchronize(self) -> None:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from offload.accelerators import Accelerator
 from offload.accounting import note_pinned
-from offload.pool import format_bytes
+from offload.limits import host_limits
+from offload.pool import BudgetError, format_bytes
 from offload.streaming.sources import HostLayer
 
 logger = logging.getLogger("offload")
@@ -29,7 +30,18 @@ class HostMemory:
         self._refused: RuntimeError | None = None
 
     def slab(self, num_bytes: int) -> tuple[Tensor, bool]:
-        """A uint8 tensor of at least ``num_bytes``, and whether it is pinned."""
+        """A uint8 tensor of at least ``num_bytes``, and whether it is pinned.
+
+        Raises:
+            BudgetError: before it is allocated, if the machine, a control group or a resource limit does not hold it.
+        """
+        for limit in host_limits():
+            if num_bytes > limit.free_bytes:
+                raise BudgetError(
+                    f"{limit.name} leaves {format_bytes(limit.free_bytes)} ({limit.free_bytes} bytes) of "
+                    f"{format_bytes(limit.total_bytes)}, but the next block of weights needs {format_bytes(num_bytes)} "
+                    f"({num_bytes} bytes): {limit.remedy}, or leave weights in files (disk=, stream_from_pretrained)"
+                )
         pinned = self._pinned(num_bytes)
         slab = torch.empty(num_bytes, dtype=torch.uint8) if pinned is None else pinned
         self.num_bytes += slab.nbytes

@@ -89,6 +89,11 @@ class PackedLayer:
         self._versions: list[int] = []  # when the tensors last went to the device
         self._visiting: tuple[int, list[Tensor]] | None = None
 
+    @property
+    def num_views(self) -> int:
+        """Tensors over the device buffer that are kept from visit to visit."""
+        return 0 if self._visiting is None else len(self._visiting[1])
+
     @classmethod
     def in_memory(cls, weights: Sequence[NamedTensor], packing: Packing, slab: Tensor, is_pinned: bool) -> PackedLayer:
         """Move weights into ``slab``, uint8, of at least the packing's bytes.
@@ -111,8 +116,8 @@ class PackedLayer:
         """Autograd's count of in-place changes, over all weights."""
         return sum(tensor._version for tensor in self.tensors)
 
-    def pinned(self) -> Tensor | None:
-        return self._slab if self._is_pinned else None
+    def pinned(self) -> list[tuple[int, Tensor]] | None:
+        return [(0, self._slab)] if self._is_pinned and self._slab is not None else None
 
     def read_into(self, stage: Tensor) -> None:
         if self._slab is not None:
@@ -124,11 +129,15 @@ class PackedLayer:
 
     def show_device(self, arena: Tensor, offset: int) -> None:
         """Let the model's tensors point to the block's copy at ``offset`` of the arena."""
-        if self._visiting is None or self._visiting[0] != offset:
-            self._visiting = offset, self.packing.views(arena[offset : offset + self.num_bytes])
-        for tensor, view in zip(self.tensors, self._visiting[1], strict=True):
+        for tensor, view in zip(self.tensors, self._views_at(arena, offset), strict=True):
             tensor.data = view
         self._versions = [tensor._version for tensor in self.tensors]
+
+    def _views_at(self, arena: Tensor, offset: int) -> list[Tensor]:
+        if self._visiting is None or self._visiting[0] != offset:
+            views = self.packing.views(arena[offset : offset + self.num_bytes])
+            self._visiting = offset, [view.data for view in views]  # which hold on to none of the views between
+        return self._visiting[1]
 
     def show_host(self) -> int | None:
         """Let the model's tensors point to host memory again; the index of one that was changed on the device."""

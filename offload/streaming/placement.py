@@ -8,6 +8,7 @@ leaves keeps blocks on the device. How many places pay is found by predicting a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,6 +29,7 @@ class StreamBill:
         base_bytes: device; weights outside blocks, buffers, weights shared between blocks, adapters.
         resident_bytes: device; blocks that stay there.
         arena_bytes: device; the buffer that streamed blocks pass through.
+        experts_bytes: device; the cache of experts.
         reserve_bytes: device; left free for activations, caches and gradients.
         host_bytes: weights at rest in host memory. pinned_bytes: what is page-locked, staging included.
     """
@@ -36,23 +38,25 @@ class StreamBill:
     resident_bytes: int
     arena_bytes: int
     reserve_bytes: int
+    experts_bytes: int = 0
     host_bytes: int = 0
     pinned_bytes: int = 0
 
     @property
     def weight_bytes(self) -> int:
         """On the device all the time."""
-        return self.base_bytes + self.resident_bytes + self.arena_bytes
+        return self.base_bytes + self.resident_bytes + self.arena_bytes + self.experts_bytes
 
     @property
     def device_bytes(self) -> int:
         return self.weight_bytes + self.reserve_bytes
 
     def __str__(self) -> str:
+        experts = f"cache of experts {format_bytes(self.experts_bytes)}, " if self.experts_bytes else ""
         return (
             f"device {format_bytes(self.device_bytes)}: outside blocks {format_bytes(self.base_bytes)}, "
             f"resident blocks {format_bytes(self.resident_bytes)}, streaming buffer {format_bytes(self.arena_bytes)}, "
-            f"reserve {format_bytes(self.reserve_bytes)}; host {format_bytes(self.host_bytes)}, "
+            f"{experts}reserve {format_bytes(self.reserve_bytes)}; host {format_bytes(self.host_bytes)}, "
             f"{format_bytes(self.pinned_bytes)} pinned"
         )
 
@@ -135,8 +139,10 @@ class Room:
     """What the user allows.
 
     Attributes:
-        budget_bytes: of device memory, of which ``base_bytes`` are taken by weights outside blocks, and
-            ``reserve_bytes`` left free.
+        budget_bytes: of device memory, of which ``base_bytes`` are taken by weights outside blocks,
+            ``experts_bytes`` at least by the cache of experts, and ``reserve_bytes`` left free.
+        gradient_share: of the bytes of blocks, those whose gradients stay on the device if the block does. They come as
+            activations go, of which ``freed_bytes`` make room for them.
         window: places for streamed blocks; None leaves it to the prediction.
         resident: "auto" fills the budget; bytes are an upper bound on resident blocks; names are exactly those that
             stay.
@@ -144,7 +150,10 @@ class Room:
 
     budget_bytes: int
     base_bytes: int = 0
+    experts_bytes: int = 0
     reserve_bytes: int = 0
+    gradient_share: float = 0.0
+    freed_bytes: int = 0
     window: int | None = None
     evict_batch: int = 1
     resident: str | int | tuple[str, ...] = "auto"
@@ -152,7 +161,11 @@ class Room:
     @property
     def blocks_bytes(self) -> int:
         """For resident blocks and places."""
-        return self.budget_bytes - self.base_bytes - self.reserve_bytes
+        return self.budget_bytes - self.base_bytes - self.experts_bytes - self.reserve_bytes
+
+    def gradient_bytes(self, resident_bytes: int) -> int:
+        """Beyond the reserve, of resident blocks of so many bytes."""
+        return max(0, math.ceil(self.gradient_share * resident_bytes) - self.freed_bytes)
 
 
 def place(names: Sequence[str], block_bytes: Sequence[int], room: Room, machine: Machine | None = None) -> StreamPlan:
@@ -196,7 +209,7 @@ def _fill(names: Sequence[str], block_bytes: Sequence[int], room: Room, window: 
     for streamed in _candidates(names, block_bytes, room.resident):
         arena_bytes = arena_bytes_for(block_bytes, streamed, window)
         resident_bytes = sum(block_bytes) - sum(block_bytes[i] for i in streamed)
-        if resident_bytes + arena_bytes <= room.blocks_bytes:
+        if resident_bytes + room.gradient_bytes(resident_bytes) + arena_bytes <= room.blocks_bytes:
             return StreamPlan(tuple(names), tuple(block_bytes), streamed, window, room.evict_batch, arena_bytes)
     return None
 
@@ -223,11 +236,13 @@ def _too_small(names: Sequence[str], block_bytes: Sequence[int], room: Room) -> 
     streamed = _candidates(names, block_bytes, room.resident)[-1]
     arena_bytes = arena_bytes_for(block_bytes, streamed, window)
     resident_bytes = sum(block_bytes) - sum(block_bytes[i] for i in streamed)
-    needed = room.base_bytes + room.reserve_bytes + resident_bytes + arena_bytes
+    needed = room.base_bytes + room.experts_bytes + room.reserve_bytes + resident_bytes + arena_bytes
+    experts = f", two experts {format_bytes(room.experts_bytes)}" if room.experts_bytes else ""
     return (
         f"device_budget is {format_bytes(room.budget_bytes)} ({room.budget_bytes} bytes) but {format_bytes(needed)} "
         f"({needed} bytes) are needed at least: outside blocks {format_bytes(room.base_bytes)}, blocks that stay "
-        f"{format_bytes(resident_bytes)}, {window} place(s) for streamed blocks {format_bytes(arena_bytes)}, reserve "
-        f"{format_bytes(room.reserve_bytes)}; raise device_budget, lower reserve or window, stream large weights "
-        f"outside the blocks too by naming them in blocks=[...], or keep fewer blocks with resident={room.resident!r}"
+        f"{format_bytes(resident_bytes)}, {window} place(s) for streamed blocks {format_bytes(arena_bytes)}"
+        f"{experts}, reserve {format_bytes(room.reserve_bytes)}; raise device_budget, lower reserve or window, stream "
+        f"large weights outside the blocks too by naming them in blocks=[...], or keep fewer blocks with "
+        f"resident={room.resident!r}"
     )

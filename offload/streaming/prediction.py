@@ -58,7 +58,7 @@ class PassPrediction:
         return self.bound_s[self.binds] / self.pass_s if self.pass_s else 1.0
 
 
-class _SizesOnly:
+class SizesOnly:
     """A source without bytes, for lanes that run nothing."""
 
     def __init__(self, layer_bytes: Sequence[int], lanes: Lanes, cell_bytes: int) -> None:
@@ -89,7 +89,7 @@ def sizes_engine(
     """The engine without bytes, for lanes that predict or prove."""
     return Engine(
         layer_bytes,
-        _SizesOnly(layer_bytes, lanes, cell_bytes),
+        SizesOnly(layer_bytes, lanes, cell_bytes),
         Arena(arena_bytes),
         CallOrder(len(layer_bytes)),
         lanes,

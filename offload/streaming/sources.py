@@ -19,8 +19,8 @@ class HostLayer(Protocol):
     def version(self) -> int:
         """A number that changes when the weights do."""
 
-    def pinned(self) -> Tensor | None:
-        """All bytes of the layer as one pinned uint8 tensor, if that is how it is kept."""
+    def pinned(self) -> Sequence[tuple[int, Tensor]] | None:
+        """The layer's bytes as pinned uint8 tensors, each with its offset in the layer; None if they are not pinned."""
 
     def read_into(self, stage: Tensor) -> None:
         """Write the layer's bytes to ``stage``, a uint8 tensor of ``num_bytes``."""
@@ -90,7 +90,8 @@ class HostSource:
         if pinned is not None:
             return self._lanes.h2d.submit(upload(layer, pinned, device), after=(after,))
         stage = self._staged(layer)
-        stage.uploaded = self._lanes.h2d.submit(upload(layer, stage.buffer[:num_bytes], device), (stage.read, after))
+        staged = [(0, stage.buffer[:num_bytes])]
+        stage.uploaded = self._lanes.h2d.submit(upload(layer, staged, device), (stage.read, after))
         self._free.append(self._read.pop(layer))
         return stage.uploaded
 
@@ -124,10 +125,11 @@ class HostSource:
         return stage
 
 
-def upload(layer: int, host: Tensor, device: Tensor) -> Work:
-    """The copy of a layer to its place on the device."""
-    return Work(f"L{layer}", lambda: _copy(device, host), num_bytes=device.nbytes)
+def upload(layer: int, host: Sequence[tuple[int, Tensor]], device: Tensor) -> Work:
+    """The copy of a layer to its place on the device, in as many pieces as it has in host memory."""
+    return Work(f"L{layer}", lambda: _copy(device, host), num_bytes=sum(piece.nbytes for _, piece in host))
 
 
-def _copy(device: Tensor, host: Tensor) -> None:
-    device.copy_(host, non_blocking=True)
+def _copy(device: Tensor, host: Sequence[tuple[int, Tensor]]) -> None:
+    for offset, piece in host:
+        device[offset : offset + piece.nbytes].copy_(piece, non_blocking=True)

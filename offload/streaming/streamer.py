@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from offload.lanes import Lane, Lanes
 from offload.streaming.blocks import Block
-from offload.streaming.engine import Engine
+from offload.streaming.engine import Loader
 from offload.streaming.packing import PackedLayer
 from offload.streaming.progress import Progress
 from offload.streaming.saved import SavedTensorHooks, inside_backward
@@ -30,7 +30,7 @@ class Streamer:
         blocks: Sequence[Block],
         layers: Sequence[PackedLayer],
         arena: Tensor,
-        engine: Engine,
+        engine: Loader,
         lanes: Lanes,
         *,
         before_pass: Callable[[], None],
@@ -71,9 +71,13 @@ class Streamer:
         self._depth -= 1
         if self._depth == 0 and not inside_backward():
             if error is not None:
-                self._engine.order.abandon_pass()
+                self._engine.abandon_pass()
             if self.progress is not None:
                 self.progress.end_pass()
+
+    def saving(self) -> contextlib.AbstractContextManager[Any]:
+        """Around what uses streamed weights: what autograd saves of them is packed, see [Note: saved weights]."""
+        return self.hooks.context() if torch.is_grad_enabled() else contextlib.nullcontext()
 
     def trains(self) -> bool:
         """Whether a backward of what is called now has gradients for streamed weights."""
@@ -112,19 +116,17 @@ class _Call:
         self._layer = layer
         self._num_views = 0
         self._is_recomputation = False
-        self._hooks: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        self._hooks: contextlib.AbstractContextManager[Any]
 
     def enter(self) -> None:
         streamer = self._streamer
         self._is_recomputation = inside_backward()
         if self._is_recomputation:
             streamer.backward.bring(self._layer)  # and it stays for the backward that follows
-        else:
-            if streamer.progress is not None:
-                streamer.progress.note()
-            streamer.visits.begin(self._layer)
-        if torch.is_grad_enabled():
-            self._hooks = streamer.hooks.context()
+        elif streamer.progress is not None and self._layer < streamer.progress.num_layers:
+            streamer.progress.note()
+        streamer.visits.begin(self._layer)
+        self._hooks = streamer.saving()
         self._hooks.__enter__()
         self._num_views = streamer.visits.num_views()
 
@@ -141,11 +143,9 @@ class _Call:
     def leave(self, error: BaseException | None) -> None:
         streamer = self._streamer
         self._hooks.__exit__(None, None, None)
-        if self._is_recomputation:
-            return
         num_leaked = streamer.visits.num_views() - self._num_views
         changed = streamer.visits.end(self._layer)
-        if error is None:  # a traceback holds the views of the frames it passed
+        if error is None and not self._is_recomputation:  # a traceback holds the views of the frames it passed
             streamer.check_call(self._layer, num_leaked, changed)
 
 

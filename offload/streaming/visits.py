@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from offload.streaming.engine import Engine
+from offload.streaming.engine import Loader
 from offload.streaming.gradients import StreamedGradients
 from offload.streaming.packing import PackedLayer
 from offload.streaming.saved import inside_backward
@@ -21,18 +21,21 @@ class Visits:
         engine: decides what is in it.
     """
 
-    def __init__(self, layers: Sequence[PackedLayer], arena: Tensor, engine: Engine) -> None:
+    def __init__(self, layers: Sequence[PackedLayer], arena: Tensor, engine: Loader) -> None:
         self.layers = layers
         self.arena = arena
         self.engine = engine
         self._offsets: dict[int, int] = {}
         self._depth: dict[int, int] = {}  # of visits of one layer within each other
+        self._num_kept_views = 0
 
     def begin(self, layer: int) -> None:
         """What is submitted from now on may use ``layer``."""
         self._offsets[layer] = self.engine.enter(layer)
         self._depth[layer] = self._depth.get(layer, 0) + 1
+        self._num_kept_views -= self.layers[layer].num_views
         self.layers[layer].show_device(self.arena, self._offsets[layer])
+        self._num_kept_views += self.layers[layer].num_views
 
     def end(self, layer: int) -> int | None:
         """All use of ``layer`` was submitted; the index of a weight that was changed meanwhile."""
@@ -57,8 +60,8 @@ class Visits:
         raise AssertionError(f"byte {byte} of the streaming buffer belongs to no visiting layer")
 
     def num_views(self) -> int:
-        """How many tensors look into the arena now."""
-        return torch._C._storage_Use_Count(self.arena.untyped_storage()._cdata)
+        """How many tensors look into the arena now, but for those that layers keep from visit to visit."""
+        return torch._C._storage_Use_Count(self.arena.untyped_storage()._cdata) - self._num_kept_views
 
     def close(self) -> None:
         """Let go of the arena. Nothing is in flight."""
@@ -71,7 +74,7 @@ class BackwardVisit:
     """The layer whose backward is being submitted: one at a time, see [Note: saved weights].
 
     It visits from the moment that its output's gradient, or a weight that it saved, is asked for, until another layer's
-    is; so blocks that recompute their forward inside find their weights too.
+    is. Calls that recompute a forward are visits beside that, since such calls contain others (a block its experts).
     """
 
     def __init__(self, visits: Visits) -> None:

@@ -23,7 +23,7 @@ def with_block(config: dict[str, Any], which: str) -> dict[str, Any]:
         return config
     if which == "all" and not zero.get("offload_optimizer"):
         zero["offload_optimizer"] = {"device": "cpu"}
-    if (zero.get("offload_optimizer") or {}).get("device") != "cpu":
+    if (zero.get("offload_optimizer") or {}).get("device") != "cpu" and not zero.get("cpu_offload"):
         return config
     return {**config, BLOCK: json.loads(os.environ.get("OFFLOAD_BLOCK", "{}"))}
 
@@ -37,7 +37,7 @@ def install_with_block(which: str) -> None:
     @functools.wraps(installed)
     def initialize(*args: Any, **kwargs: Any) -> Any:
         bound = stock.bind(*args, **kwargs)
-        name, given = entry._find_config(bound.arguments)
+        given = entry._find_config(bound.arguments)
         if given is None:
             return installed(*args, **kwargs)
         config = load_config(given)
@@ -49,8 +49,10 @@ def install_with_block(which: str) -> None:
         if log := os.environ.get("OFFLOAD_LOG"):
             with Path(log).open("a", encoding="utf-8") as file:
                 file.write(f"{os.environ.get('PYTEST_CURRENT_TEST')}\t{what}\n")
-        bound.arguments[name] = ours if what == "ours" else given
-        return installed(*bound.args, **bound.kwargs)
+        if what != "ours":
+            return installed(*args, **kwargs)
+        with entry._in_the_place_of(bound.arguments, ours):
+            return installed(*bound.args, **bound.kwargs)
 
     deepspeed.initialize = initialize
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
 from pathlib import Path
@@ -55,6 +56,28 @@ def test_a_file_is_read(tmp_path: Path) -> None:
         split_config(3)
 
 
+def test_a_file_may_have_comments_and_the_text_may_be_in_base64(tmp_path: Path) -> None:
+    """As DeepSpeed reads them, with or without our block."""
+    path = tmp_path / "ds.json"
+    path.write_text('{"train_batch_size": 8 # a comment\n}', encoding="utf-8")
+    encoded = base64.urlsafe_b64encode(b'{"train_batch_size": 8}').decode()
+    assert split_config(path).deepspeed == split_config(encoded).deepspeed == {"train_batch_size": 8}
+    path.write_text('{"train_batch_size": 8, "train_batch_size": 9}', encoding="utf-8")
+    with pytest.raises(ValueError, match="Duplicate keys"):
+        split_config(path)
+    with pytest.raises(ConfigError, match="neither the path"):
+        split_config("nowhere.json")
+
+
+def test_deprecated_keys_are_read_as_deepspeed_reads_them() -> None:
+    config = {"zero_optimization": {"stage": 2, "cpu_offload": True}, "interleaved_offload": {}}
+    found = split_config(config)
+    assert found.settings == Settings()
+    assert found.deepspeed == {"zero_optimization": {"stage": 2}}
+    with pytest.raises(ConfigError, match="offload_param"):
+        split(zero={"cpu_offload_param": True})
+
+
 def test_the_keys_become_options() -> None:
     assert settings() == Settings()
     options = settings({"num_slots": 3, "device_budget": "1GiB", "pinned_budget": 5}).options()
@@ -72,6 +95,7 @@ def test_the_keys_become_options() -> None:
         ({"prefetch_optimizer": True, "prefetch_optimizer_gap": 3}, "update_stride", 3),
         ({"prefetch_optimizer": True}, "update_stride", 2),
         ({"prefetch_optimizer": False, "part_grads_async": True}, "plan", "host"),
+        ({"pin_memory": False}, "pinned_budget", None),
     ],
 )
 def test_other_vocabularies_are_translated_with_a_note(
@@ -96,6 +120,8 @@ def test_other_vocabularies_are_translated_with_a_note(
         ({"block": {"plan": "host", "update_stride": 2}}, "in 2 ways"),
         ({"block": {"resident_fraction": 0.5}, "stage": 2}, "needs ZeRO stage 3 and this is stage 2"),
         ({"block": {"resident_fraction": 0.5}, "offload": {"ratio": 0.5}}, "same thing twice; remove ratio"),
+        ({"offload": {"raito": 0.5}}, "offload_optimizer does not know raito; known are buffer_count"),
+        ({"offload": {"ratio": 1.5}}, "ratio=1.5 is the CPU's share"),
         ({"stage": 0}, "stage is 0; set it to 1, 2 or 3"),
         ({"offload": {"device": "nvme"}}, 'device is "nvme"'),
         ({"offload": {"device": "none"}}, "needs zero_optimization.offload_optimizer"),
@@ -112,6 +138,11 @@ def test_other_vocabularies_are_translated_with_a_note(
 def test_what_cannot_be_is_refused_with_a_remedy(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         split(**arguments)
+
+
+def test_zero_without_a_stage_is_refused() -> None:
+    with pytest.raises(ConfigError, match="zero_optimization=True has no stage"):
+        split_config({"zero_optimization": True, "interleaved_offload": {}})
 
 
 def test_values_out_of_range_are_refused_by_name() -> None:

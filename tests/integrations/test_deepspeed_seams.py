@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from argparse import Namespace
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -11,8 +15,8 @@ deepspeed = pytest.importorskip("deepspeed")
 from deepspeed.runtime import engine as engine_module
 from deepspeed.runtime.zero import stage3 as stage3_module
 
-from offload.integrations.deepspeed import SeamError, initialize, install, seams
-from tests.integrations.deepspeed_training import close, config, engine_of, ours
+from offload.integrations.deepspeed import SeamError, entry, initialize, install, seams
+from tests.integrations.deepspeed_training import Model, close, config, engine_of, ours
 
 
 @pytest.mark.parametrize("seam", [*seams.STAGE3_SEAMS, *seams.STAGE12_SEAMS], ids=lambda seam: seam.name)
@@ -59,8 +63,6 @@ def test_install_serves_calls_of_deepspeed_itself(ds: ModuleType) -> None:
     try:
         assert deepspeed.initialize is initialize
         install()
-        from tests.integrations.deepspeed_training import Model
-
         model = Model()
         configuration = ours(config(2))
         engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config_params=configuration)
@@ -69,3 +71,25 @@ def test_install_serves_calls_of_deepspeed_itself(ds: ModuleType) -> None:
     finally:
         installed.remove()
     assert deepspeed.initialize is stock
+
+
+def test_the_users_args_keep_their_configuration(ds: ModuleType, tmp_path: Path) -> None:
+    """Two engines may be made with the same args; without our block they reach DeepSpeed as they are."""
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(ours(config(2))), encoding="utf-8")
+    args = Namespace(deepspeed_config=str(path))
+    for _ in range(2):
+        model = Model()
+        engine, *_ = initialize(args=args, model=model, model_parameters=model.parameters())
+        assert type(engine.optimizer).__name__ == "OffloadedStage12"
+        assert args.deepspeed_config == str(path)
+        close(engine)
+
+
+def test_args_without_our_block_are_left_to_deepspeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text("{}", encoding="utf-8")
+    seen: list[Any] = []
+    monkeypatch.setattr(entry, "_stock_initialize", lambda args=None, config=None: seen.append(args.deepspeed_config))
+    initialize(args=Namespace(deepspeed_config=str(path)))
+    assert seen == [str(path)]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from offload.pending import PendingParameter, PendingTensor
 from offload.runtime import Runtime
@@ -88,6 +88,30 @@ def test_a_missing_wait_of_the_update_is_reported(ds: ModuleType, stage: int, mo
     train(engine, 2, first=1)
     assert ds.races()
     close(engine)
+
+
+class OneMatrix(nn.Module):
+    """Aligned, so that DeepSpeed pads nothing and our gradient is the very buffer that it reduces into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(64, 64))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.matrix[tokens].float().square().mean()
+
+
+@pytest.mark.parametrize(
+    "executor", ["lazy", "random", *(pytest.param(e, marks=pytest.mark.slow) for e in ("eager", "sync"))]
+)
+def test_memory_of_reduced_gradients_is_reused_in_order(ds: ModuleType, executor: str) -> None:
+    """It belongs to DeepSpeed's stream, which waits for the current one before it takes it again."""
+    ds.configure(executor)
+    for stage in (1, 2):
+        engine = engine_of(ours(config(stage), update_stride=2), OneMatrix())
+        train(engine, 3)
+        assert ds.races() == []
+        close(engine)
 
 
 def readers(engine: Any) -> list[Tensor]:
