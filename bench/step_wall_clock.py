@@ -6,8 +6,8 @@ One program runs on both clocks: layers whose forward and backward are *played*,
 charging the clock in virtual time, so that the processors are free for the update. Gradients, transfers and CPU updates
 are real. The virtual clock is told two rates of this machine, measured right before each case: of CPU updates, and of
 the emulated device's own kernels, which the processors run (norms of gradients, the gradients themselves). Links are
-slow enough for :data:`LINK_BYTES_PER_S` to be what they really do. All updates run on the CPU, by one thread: copies take a
-processor here, which they would not on a machine whose link has engines of its own.
+slow enough for :data:`LINK_BYTES_PER_S` to be what they really do. All updates run on the CPU, by one thread: copies
+take a processor here, which they would not on a machine whose link has engines of its own.
 
 Forward takes as long as the update, or half of it, so that some steps hide all of the update and others do not.
 """
