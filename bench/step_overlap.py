@@ -28,6 +28,8 @@ same model, link and memory, but for the row that says otherwise:
 
 The second is simulated: the same schedules for the models of the paper by :func:`offload.phases.predict_step`. A
 blocking copy lengthens backward there.
+
+Before them, :mod:`bench.step_wall_clock` compares steps in wall-clock with the same steps in virtual time.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 import offload
+from bench import step_wall_clock
 from offload._table import format_table
 from offload.hardware import HardwareProfile
 from offload.homes import Homes
@@ -319,17 +322,25 @@ def main() -> None:
     options = parser.parse_args()
     from offload.testing import sim
 
-    sim.load()
+    wall_clock = step_wall_clock.wall_vs_virtual()
+    print("wall-clock and virtual time")
+    step_wall_clock.show(wall_clock)
+    sim.reset()
     width, num_layers = (1024, 24) if options.quick else (2048, 24)
     profiles = [HardwareProfile.load(name) for name in PROFILES]
     on_device = [row for profile in profiles for row in emulated(profile, width, num_layers)]
     show("emulated device, virtual time, clipping on", on_device)
     on_lanes = [row for p in profiles for name, numel in MODELS.items() for row in simulated(p, name, numel)]
     show("simulated", on_lanes)
-    figures = {**summary(on_device), "simulated": summary(on_lanes)}
+    figures = {**summary(on_device), "wall_vs_virtual": wall_clock.ratio, "simulated": summary(on_lanes)}
     print("\n" + json.dumps(figures, indent=2))
     if options.json:
-        rows = {"emulated": [asdict(row) for row in on_device], "simulated": [asdict(row) for row in on_lanes]}
+        clocks = [asdict(row) for row in wall_clock.comparisons]
+        rows = {
+            "wall-clock": clocks,
+            "emulated": [asdict(row) for row in on_device],
+            "simulated": [asdict(row) for row in on_lanes],
+        }
         options.json.write_text(json.dumps({**figures, "rows": rows}, indent=2), encoding="utf-8")
 
 

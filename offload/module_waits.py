@@ -59,12 +59,12 @@ def _callable_modules(module: nn.Module) -> Iterator[nn.Module]:
 def _settle_own(module: nn.Module, *_: Any) -> None:
     for param in module._parameters.values():
         if param is not None:
-            settle(param)
+            settle(param, "wait_in_modules")
 
 
 def _settle_all(module: nn.Module, *_: Any) -> None:
     for param in module.parameters():
-        settle(param)
+        settle(param, "wait_in_modules")
 
 
 class _WaitsFirst:

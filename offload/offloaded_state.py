@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -35,6 +36,7 @@ from offload.optimizer_state import (
     load_state,
     shared_entries,
 )
+from offload.pending_reads import PendingRead, pending_reads
 from offload.perf_model import Rates
 from offload.policy import Overlap, Policy
 from offload.record import StepWatch
@@ -302,6 +304,24 @@ class OffloadedState(Insight):
     def synchronize(self) -> None:
         """Wait for everything in flight. Reading states or editing parameters behind autograd's back needs it."""
         self.runtime.synchronize()
+
+    def pending_reads(self) -> AbstractContextManager[list[PendingRead]]:
+        """Within this context, every read of a parameter or gradient whose update is in flight is put on a list.
+
+        A debug mode: it makes every operator slower. Most reads wait, and are right; those with ``waited`` False went
+        through an alias from before the step, and need a :meth:`synchronize` before them.
+        """
+
+        def place_of(tensor: Tensor) -> tuple[str, int]:
+            for index, actions in enumerate(self.runtime.actions):
+                for item in actions.slices:
+                    if item.param is tensor:
+                        return self._name_of(tensor), index
+                    if item.param.grad is tensor:
+                        return f"gradient of {self._name_of(item.param)}", index
+            raise KeyError
+
+        return pending_reads(place_of)
 
     def _name_of(self, param: Tensor) -> str:
         names = (

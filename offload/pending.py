@@ -14,7 +14,8 @@ C++ extension that is handed the tensor itself, code that ``torch.compile`` made
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,9 +24,11 @@ from torch import Tensor, nn
 from offload.torch_functions import tensors_in
 
 Settle = Callable[[], None]
+Observer = Callable[[Tensor, str], None]  # of a tensor that is about to be settled, and of what reads it
 
-# Tensors by their id, which stays theirs: whoever made a tensor pending keeps it alive until it is settled.
-_settle_of: dict[int, Settle] = {}
+# By the tensor's id. Whoever made it pending keeps it alive until it is settled.
+_pending: dict[int, tuple[Tensor, Settle]] = {}
+_observers: list[Observer] = []
 
 
 def _getters(*names: str) -> set[object]:
@@ -57,12 +60,12 @@ class _Pending:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         for tensor in tensors_in((args, kwargs), _CLASS_OF):
-            settle(tensor)
+            settle(tensor, getattr(func, "__name__", str(func)))
         return func(*args, **(kwargs or {}))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         assert isinstance(self, Tensor)
-        settle(self)
+        settle(self, "deepcopy")
         return copy.deepcopy(self, memo)
 
 
@@ -88,19 +91,37 @@ def make_pending(tensor: Tensor, wait: Settle) -> None:
 
     ``wait`` runs in the thread that reads and calls :func:`make_plain`. It takes the place of another that is pending.
     """
-    _settle_of[id(tensor)] = wait
+    _pending[id(tensor)] = tensor, wait
     if type(tensor) not in _CLASS_OF:
         tensor.__class__ = _PENDING_CLASS_OF[type(tensor)]
 
 
 def make_plain(tensor: Tensor) -> None:
     """Make ``tensor`` what it was; nothing if it is not pending."""
-    _settle_of.pop(id(tensor), None)
+    _pending.pop(id(tensor), None)
     tensor.__class__ = _CLASS_OF.get(type(tensor), type(tensor))
 
 
-def settle(tensor: Tensor) -> None:
-    """Wait for what ``tensor`` is pending on, if it is."""
-    if (wait := _settle_of.get(id(tensor))) is not None:
+def settle(tensor: Tensor, reader: str) -> None:
+    """Wait for what ``tensor`` is pending on, if it is; ``reader`` says who reads it."""
+    _, wait = _pending.get(id(tensor), (None, None))
+    if wait is not None:
+        for observe in _observers:
+            observe(tensor, reader)
         wait()
     make_plain(tensor)
+
+
+def all_pending() -> list[Tensor]:
+    """What nobody has read yet."""
+    return [tensor for tensor, _ in list(_pending.values())]
+
+
+@contextmanager
+def observed(observer: Observer) -> Iterator[None]:
+    """Call ``observer`` before each wait, in the thread that reads."""
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)

@@ -37,7 +37,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
                 "ring",
                 "shrink",
             },
-            {"subgroup", "module_waits", "monitor", "timeline"},
+            {"subgroup", "module_waits", "pending_reads", "monitor", "timeline"},
             {"testing", "pool", "policy", "executor", "adam"},
             {"master_reading"},
             {
