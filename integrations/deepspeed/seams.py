@@ -1,6 +1,6 @@
 """Every part of DeepSpeed that the plugin touches, checked before it is used.
 
-What is here has been the same in DeepSpeed 0.16 to 0.19. Where a version moves one, the error names it, instead of a
+What is here is the same in DeepSpeed 0.16.9 to 0.19.8. Where a version moves one, the error names it, instead of a
 training that goes wrong.
 """
 
@@ -18,7 +18,7 @@ import hjson
 from deepspeed.runtime.config_utils import dict_raise_error_on_duplicate_keys
 from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig
 
-OLDEST = "0.16.0"
+OLDEST = "0.16.9"
 STAGE3 = "deepspeed.runtime.zero.stage3"
 STAGE12 = "deepspeed.runtime.zero.stage_1_and_2"
 ENGINE = "deepspeed.runtime.engine"

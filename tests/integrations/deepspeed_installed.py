@@ -6,7 +6,6 @@ import functools
 import inspect
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +57,6 @@ def install_with_block(which: str) -> None:
 
 
 # DeepSpeed would compile it for minutes, to run collectives a little faster.
-sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 if (which := os.environ.get("OFFLOAD_ZERO", "asked")) != "none":
     install_with_block(which)

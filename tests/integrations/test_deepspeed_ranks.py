@@ -16,13 +16,16 @@ pytest.importorskip("deepspeed")
 SCRIPT = Path(__file__).with_name("deepspeed_ranks.py")
 
 
-def run_ranks(num_ranks: int, what: str, folder: Path, stages: tuple[int, ...]) -> None:
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return int(free.getsockname()[1])
+
+
+def run_ranks(num_ranks: int, what: str, folder: Path, stages: tuple[int, ...]) -> None:
     shared = {
         **os.environ, "WORLD_SIZE": str(num_ranks), "LOCAL_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+        "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     command = [sys.executable, str(SCRIPT), what, str(folder), *map(str, stages)]
     ranks = [
