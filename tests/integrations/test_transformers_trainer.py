@@ -229,6 +229,7 @@ ASSETS = Path(__file__).resolve().parents[2] / ".cache" / "demo"
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(not ASSETS.exists(), reason="needs the model and the text that `make demo` fetches")
 def test_smollm2_on_real_text(tmp_path: Path) -> None:
     """SmolLM2-135M on the King James Bible: the plain loop's bits, torch's, and a resumed run's."""
