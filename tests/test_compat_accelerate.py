@@ -87,6 +87,11 @@ def test_outputs_are_the_same_and_where_the_inputs_are(sim: ModuleType, call: st
     assert sim.races() == []
 
 
+def test_only_what_the_map_puts_on_disk_is_written(sim: ModuleType, tmp_path: Path) -> None:
+    CALLS["map to both"](build(ForTest).eval(), tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["linear1.safetensors"]
+
+
 def test_blocks_are_streamed_as_one(sim: ModuleType) -> None:
     model = build()
     compat.cpu_offload(model, preload_module_classes=["Embedding"])
