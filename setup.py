@@ -62,7 +62,8 @@ cpu_adam = PlainLibrary(
     # No -march: instruction sets are chosen at run time. -ffp-contract=off: the bits depend on it.
     extra_compile_args=[
         *("-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno"),
-        *("-fvisibility=hidden", "-pthread", "-Wno-maybe-uninitialized"),  # GCC 12 warns of its own AVX-512 header
+        *("-fvisibility=hidden", "-pthread"),
+        *("-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"),  # GCC 12 warns of its own AVX-512 header
     ],
     extra_link_args=["-pthread"],
     language="c++",

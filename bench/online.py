@@ -2,8 +2,7 @@
 
 Each rate of the start profile is twice or half what the machine does, in every combination; with and without neighbours
 that slow one side down now and then. On the emulated device in virtual time, so the figures are the same on every run.
-Small subgroups on a machine that is as much slower stand for large ones. Host memory is left unlimited: the emulated
-clock charges host work when it begins, so what copies that start later take from it depends on threads.
+Small subgroups on a machine that is as much slower stand for large ones, its host memory included.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -52,12 +50,14 @@ class Machine:
 
     def __init__(self, profile: HardwareProfile) -> None:
         rates, slower = Rates.from_profile(profile), NUMEL / TYPICAL_NUMEL
-        self.rates = Rates(
-            rates.h2d_bytes_per_s * slower,
-            rates.d2h_bytes_per_s * slower,
-            rates.host_update_params_per_s * slower,
-            rates.device_update_params_per_s * slower,
-            copy_latency_s=rates.copy_latency_s,
+        self.rates = replace(
+            rates,
+            h2d_bytes_per_s=rates.h2d_bytes_per_s * slower,
+            d2h_bytes_per_s=rates.d2h_bytes_per_s * slower,
+            both_bytes_per_s=rates.both_bytes_per_s * slower,
+            host_update_params_per_s=rates.host_update_params_per_s * slower,
+            device_update_params_per_s=rates.device_update_params_per_s * slower,
+            host_dram_bytes_per_s=rates.host_dram_bytes_per_s * slower,
         )
         sim.load()
         sim.reset()
@@ -72,11 +72,14 @@ class Machine:
         sim.set_profile(
             h2d_bytes_per_s=self.rates.h2d_bytes_per_s * links,
             d2h_bytes_per_s=self.rates.d2h_bytes_per_s * links,
-            both_bytes_per_s=math.inf,
-            host_dram_bytes_per_s=math.inf,
+            both_bytes_per_s=self.rates.both_bytes_per_s * links,
+            host_dram_bytes_per_s=self.rates.host_dram_bytes_per_s,
+            host_bytes_per_h2d_byte=self.rates.host_bytes_per_h2d_byte,
+            host_bytes_per_d2h_byte=self.rates.host_bytes_per_d2h_byte,
             host_update_params_per_s=self.rates.host_update_params_per_s * cores,
+            device_update_params_per_s=self.rates.device_update_params_per_s,
             latency_s=self.rates.copy_latency_s,
-            launch_s=0.0,
+            launch_s=self.rates.launch_latency_s,
         )
 
     def wrong(self, factors: Sequence[float]) -> Rates:

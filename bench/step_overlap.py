@@ -23,7 +23,7 @@ same model, link and memory, but for the row that says otherwise:
   CPUAdam and the passes around it touch;
 - ``paper``: gradients while backward runs, every second subgroup visits the device through one slot, after backward;
 - ``in order``: our best split, after backward;
-- ``next forward``: our best split, under the next forward. The figures are about this one;
+- ``next forward``: the split that the planner takes under the next forward. The figures are about this one;
 - ``in backward``: our best split without clipping, begun in backward.
 
 The second is simulated: the same schedules for the models of the paper by :func:`offload.phases.predict_step`. A
@@ -53,6 +53,7 @@ from offload.hardware import HardwareProfile
 from offload.homes import Homes
 from offload.jobs import equal_subgroups
 from offload.layer_costs import Layer
+from offload.overlaps import hide
 from offload.perf_model import Rates
 from offload.phases import Hiding, predict_step
 from offload.plan import Placement, Plan, lower
@@ -84,7 +85,7 @@ class Schedule:
 
     name: str
     overlap: Overlap
-    plan: Callable[[Search], Plan]
+    plan: Callable[[Search, Sequence[Layer]], Plan]
     blocks: bool = False
     converts: bool = False
     host_bytes: int = FUSED_BYTES
@@ -120,18 +121,24 @@ def _homes(search: Search, num_slots: int, num_staging: int) -> Homes:
     return Homes(frozenset(), frozenset(range(len(search.subgroups))), num_slots, num_staging)
 
 
-def _all_host(search: Search) -> Plan:
+def _all_host(search: Search, _: Sequence[Layer]) -> Plan:
     num = len(search.subgroups)
     return lower([Placement.HOST] * num, num_slots=0, num_staging=num)
 
 
-def _paper(search: Search) -> Plan:
+def _paper(search: Search, _: Sequence[Layer]) -> Plan:
     num = len(search.subgroups)
     return stride_plan(_homes(search, 1, num), num, 2)
 
 
-def _best_split(search: Search) -> Plan:
+def _best_split(search: Search, _: Sequence[Layer]) -> Plan:
     return search.best_share(_homes(search, NUM_SLOTS, NUM_STAGING)).plan
+
+
+def _best_under_forward(search: Search, layers: Sequence[Layer]) -> Plan:
+    best, visitors = _best_split(search, layers), range(len(search.subgroups))
+    ((_, step),) = hide(best, search.subgroups, search.rates, layers, [Hiding("next_forward")], visitors)
+    return step.plan
 
 
 SCHEDULES = (
@@ -141,7 +148,7 @@ SCHEDULES = (
     Schedule("zero-offload today, its kernel", "backward", _all_host, host_bytes=CPU_ADAM_BYTES),
     Schedule("paper", "backward", _paper),
     Schedule("in order", "none", _best_split),
-    Schedule(OURS, "next_forward", _best_split),
+    Schedule(OURS, "next_forward", _best_under_forward),
     Schedule("in backward", "next_forward", _best_split, in_backward=True),
 )
 
@@ -188,7 +195,7 @@ def steps_s(
             loss.backward()
         if optimizer is None:
             torch.accelerator.synchronize()
-        stamps.append(sim.host_time_s())
+        stamps.append(sim.host_mark())  # whose time is known once the update beside it is
         if optimizer is not None:
             if not in_backward:
                 optimizer.clip_grad_norm_(1.0)
@@ -196,7 +203,7 @@ def steps_s(
         model.zero_grad()
     if optimizer is not None:
         optimizer.synchronize()
-    return (stamps[-1] - stamps[WARM_UP]) / MEASURED
+    return (sim.host_time_s(stamps[-1]) - sim.host_time_s(stamps[WARM_UP])) / MEASURED
 
 
 def emulated(profile: HardwareProfile, width: int, num_layers: int) -> Iterator[Row]:
@@ -209,6 +216,7 @@ def emulated(profile: HardwareProfile, width: int, num_layers: int) -> Iterator[
     numel = sum(param.numel() for param in model.parameters())
     search = Search(equal_subgroups(numel, width * width, 2), Rates.from_profile(profile))
     for window in windows(profile, search):
+        layers = [Layer(window.forward_s / num_layers, window.backward_s / num_layers)] * num_layers
         sim.configure("sync", races=False, poison=False)
         alone_s = steps_s(model, None, window)
         for schedule in SCHEDULES:
@@ -217,7 +225,10 @@ def emulated(profile: HardwareProfile, width: int, num_layers: int) -> Iterator[
                 host_update_params_per_s=profile.host_update_params_per_s * FUSED_BYTES / schedule.host_bytes
             )
             optimizer = offload.AdamW(
-                model.parameters(), plan=schedule.plan(search), overlap=schedule.overlap, subgroup_numel=width**2
+                model.parameters(),
+                plan=schedule.plan(search, layers),
+                overlap=schedule.overlap,
+                subgroup_numel=width**2,
             )
             hooks = [*_blocking(model, optimizer, schedule, profile)] if schedule.blocks else []
             step_s = steps_s(model, optimizer, window, in_backward=schedule.in_backward)
@@ -260,7 +271,7 @@ def simulated(profile: HardwareProfile, name: str, model_numel: float) -> Iterat
             layer = Layer(window.forward_s / NUM_SUBGROUPS, (window.backward_s + blocked_s) / NUM_SUBGROUPS)
             its_rate = rates.host_update_params_per_s * FUSED_BYTES / schedule.host_bytes
             step = predict_step(
-                schedule.plan(search),
+                schedule.plan(search, [layer] * NUM_SUBGROUPS),
                 search.subgroups,
                 replace(rates, host_update_params_per_s=its_rate),
                 [layer] * NUM_SUBGROUPS,

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from offload.accelerators import Accelerator
 from offload.kernels import PreparedUpdate, Rounding, Scalars, State, update
-from offload.kernels.codec import join_master
 from offload.lanes import Event
 from offload.ring import PinnedRing
 from offload.shards import local
@@ -20,10 +19,6 @@ from offload.subgroup import Slot, Staging
 _AMSGRAD_FP32 = StateKind(moments=("first", "second", "max_second"))
 
 _NO_ROUNDING = Rounding()
-
-# Elements of a parameter that a master is read from at a time. Temporaries are some ten times as large and on no bill.
-HOST_PIECE_NUMEL = 1 << 16
-_DEVICE_PIECE_NUMEL = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,40 +215,6 @@ class AdamSubgroup:
 def flat(param: Tensor) -> Tensor:
     """A flat view that shares the parameter's (its shard's) storage and version counter, outside autograd."""
     return local(param).detach().view(-1)
-
-
-def read_master(actions: AdamSubgroup, item: ParamSlice, from_device: Tensor) -> None:
-    """Take a parameter's value from the device into its float32 master.
-
-    Where the parameter still is the rounded master, bit for bit, the master keeps what the rounding dropped: so a
-    user's edit of a parameter wins, and a checkpoint's master survives loading the model after the optimizer.
-
-    Where half of the master is the parameter itself, nothing is left to compare with: the remainder is kept wherever
-    parameter and remainder make a master that rounds to the parameter.
-
-    Args:
-        from_device: HOST_PIECE_NUMEL float32 elements of host memory, which a parameter on the device comes through.
-    """
-    state, param = actions.state_of(item), flat(item.param)
-    on_host = state.master.device.type == "cpu"
-    piece_numel = HOST_PIECE_NUMEL if on_host else _DEVICE_PIECE_NUMEL
-    buffer = from_device.view(param.dtype)
-    for begin in range(0, item.numel, piece_numel):
-        numel = min(piece_numel, item.numel - begin)
-        piece = param.narrow(0, begin, numel)
-        if on_host and param.device.type != "cpu":
-            piece = buffer[:numel].copy_(piece)
-        _read_piece(state.narrow(begin, numel), piece)
-
-
-def _read_piece(state: State, param: Tensor) -> None:
-    if not state.is_compact:
-        bits = torch.int32 if param.itemsize == 4 else torch.int16
-        unchanged = state.master.to(param.dtype).view(bits) == param.view(bits)
-        torch.where(unchanged, state.master, param.float(), out=state.master)
-        return
-    joined = join_master(param, state.master, _signed(state))
-    drop_remainder(state, joined.to(param.dtype).view(torch.int16) != param.view(torch.int16))
 
 
 def drop_remainder(state: State, where: Tensor | None = None) -> None:

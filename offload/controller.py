@@ -40,11 +40,6 @@ AUTO_OVERLAPS: tuple[Overlap, ...] = ("none", "next_forward")  # those that need
 Action = Literal["kept", "reordered", "moved", "probed"]
 
 
-def num_visits(plan: Plan) -> int:
-    """Subgroups whose state visits the device."""
-    return sum(where is Placement.DEVICE for where in plan.placements.values())
-
-
 class _Choice(NamedTuple):
     action: Action
     plan: Plan
@@ -146,12 +141,12 @@ class Controller:
     @property
     def rates(self) -> Rates | None:
         """What is believed of the plan measured last: measured, or else from the start; None without either."""
-        return self._beliefs.at(0 if self._ran is None else num_visits(self._ran))
+        return self._beliefs.at(0 if self._ran is None else self._ran.num_visits)
 
     def observe(self, measurement: Measurement, ran: Plan) -> Decision | None:
         """Take in the measurement of a step that ran ``ran``, and decide; None while too little is known."""
-        predicted_s = None if self._beliefs.at(num_visits(ran)) is None else self._predict_s(ran)
-        self._beliefs.take_in(measurement, num_visits(ran))
+        predicted_s = None if self._beliefs.at(ran.num_visits) is None else self._predict_s(ran)
+        self._beliefs.take_in(measurement, ran.num_visits)
         self._ran = ran
         placements = set(ran.placements.values())
         for where in self._unseen:
@@ -246,7 +241,7 @@ class Controller:
         )  # fmt: skip
 
     def _predict_s(self, plan: Plan) -> float:
-        return Predictor(self._subgroups, self._rates_at(num_visits(plan))).predict(plan).update_s
+        return Predictor(self._subgroups, self._rates_at(plan.num_visits)).predict(plan).update_s
 
     def _predict_steps(self, plan: Plan) -> dict[Overlap, float]:
         """Predicted seconds of a step with the update of ``plan`` after backward, and under the next forward.
@@ -259,7 +254,7 @@ class Controller:
             return {}
         forward_s = passes_s * FORWARD_OPERATIONS / (FORWARD_OPERATIONS + BACKWARD_OPERATIONS) / NUM_LAYERS
         layers = [Layer(forward_s, passes_s / NUM_LAYERS - forward_s)] * NUM_LAYERS
-        rates = self._rates_at(num_visits(plan))
+        rates = self._rates_at(plan.num_visits)
         return {
             overlap: predict_step(plan, self._subgroups, rates, layers, Hiding(overlap)).step_s
             for overlap in AUTO_OVERLAPS

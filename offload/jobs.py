@@ -17,7 +17,7 @@ from offload.layout import resolve_subgroup_numel
 from offload.overlaps import describe, hide, ways_to_hide
 from offload.perf_model import Rates
 from offload.phases import Hiding, StepPrediction
-from offload.plan import Placement
+from offload.plan import Placement, Plan
 from offload.planner import Choice, Search
 from offload.pool import BudgetError, Budgets, format_bytes
 from offload.state_layout import ADAM_FP32, StateKind, StateLayout
@@ -229,18 +229,17 @@ def plan_job(job: TrainingJob, budgets: Budgets | None = None, *, num_slots: int
         budgets = replace(budgets, device_bytes=room)
     subgroups, rates = job.subgroups(), job.rates()
     decision = decide(subgroups, rates, budgets, num_slots=num_slots)
-    hidden, step = _hide(job, decision, subgroups)
-    chosen = next(c for c in (decision.best, *decision.runners_up) if c.name == hidden[0].plan_name)
-    if step.plan != chosen.plan:  # in another order, or with more slots
-        chosen = Search(subgroups, rates).choice(chosen.name, chosen.homes, step.plan)
+    hidden, chosen, step = _hide(job, decision, subgroups)
+    if step.plan != chosen.plan:  # in another order, with more slots or other visits
+        chosen = Search(subgroups, rates).choice(hidden[0].plan_name, chosen.homes, step.plan)
     levers = tuple(_levers(job, subgroups, chosen))
     return JobPlan(job, budgets, decision, chosen, tuple(hidden), step, job.memory(chosen), room, levers)
 
 
 def _hide(
     job: TrainingJob, decision: Decision, subgroups: Sequence[Subgroup]
-) -> tuple[tuple[HiddenUpdate, ...], StepPrediction]:
-    """Ways to hide the update of the fastest plans, the shortest step first; and that step.
+) -> tuple[tuple[HiddenUpdate, ...], Choice, StepPrediction]:
+    """Ways to hide the update of the fastest plans, the shortest step first; whose update that is, and its step.
 
     Of large models only the fastest plan is hidden, by a sample of its subgroups, and no slots pass: next to so many
     subgroups a few slots more hide little.
@@ -251,14 +250,22 @@ def _hide(
             (choice, hiding, step)
             for choice in (decision.best, *decision.runners_up)[:NUM_HIDDEN]
             for hiding, step in hide(
-                choice.plan, subgroups, rates, layers, ways_to_hide(choice.plan, subgroups, layers, clips=job.clips)
+                choice.plan,
+                subgroups,
+                rates,
+                layers,
+                ways_to_hide(choice.plan, subgroups, layers, clips=job.clips),
+                choice.homes.visitors,
             )
         ]
         best_of: dict[Hiding, tuple[Choice, StepPrediction]] = {}
         for choice, hiding, step in sorted(found, key=lambda item: item[2].step_s):
             best_of.setdefault(hiding, (choice, step))
-        hidden = [HiddenUpdate(c.name, hiding, step.step_s, step.update_s) for hiding, (c, step) in best_of.items()]
-        return tuple(hidden), next(iter(best_of.values()))[1]
+        hidden = [
+            HiddenUpdate(_name(c, step.plan), hiding, step.step_s, step.update_s)
+            for hiding, (c, step) in best_of.items()
+        ]
+        return tuple(hidden), *next(iter(best_of.values()))
     best = decision.best
     sample, homes = sampled(subgroups, best.homes, LEVER_SAMPLE)
     share = sum(s.numel for s in sample) / sum(s.numel for s in subgroups)
@@ -270,7 +277,13 @@ def _hide(
         HiddenUpdate(best.name, hiding, step.step_s / share, step.update_s / share, is_exact=False)
         for hiding, step in ranked[1:]
     ]
-    return (HiddenUpdate(best.name, ranked[0][0], step.step_s, step.update_s), *about), step
+    return (HiddenUpdate(best.name, ranked[0][0], step.step_s, step.update_s), *about), best, step
+
+
+def _name(choice: Choice, plan: Plan) -> str:
+    """Of a plan that was made of a choice's to hide its update."""
+    same = plan.num_visits == choice.plan.num_visits
+    return choice.name if same else f"{plan.num_visits} of {len(plan.placements)} visit"
 
 
 def _device_room(job: TrainingJob) -> int:

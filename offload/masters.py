@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from offload.adam import HOST_PIECE_NUMEL, AdamSubgroup, ParamSlice, drop_remainder, flat, read_master
+from offload.adam import AdamSubgroup, ParamSlice, drop_remainder, flat
 from offload.kernels import State
+from offload.master_reading import MasterReader
 from offload.shards import as_shard, local
 from offload.state_entries import entry_views, load_entry
 from offload.state_layout import StateKind, StateLayout
@@ -135,12 +136,10 @@ class MasterTable:
         for home in homes:
             check(home.item.param)
         synchronize()
-        # One buffer for all: glibc (2.36) finds no use for the holes that buffers of one size leave between what stays,
-        # and a buffer for each parameter has left it with a fifth more than the whole state.
-        from_device = torch.empty(HOST_PIECE_NUMEL)
+        reader = MasterReader()
         with torch.no_grad():
             for home in homes:
-                read_master(home.actions, home.item, from_device)
+                reader.read(home.actions, home.item)
                 home.note_in_step()
 
     def note_in_step(self, params: Iterable[Tensor]) -> None:

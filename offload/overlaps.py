@@ -1,14 +1,21 @@
-"""How the update of a plan hides behind the model's own work: the ways there are, each timed as a whole step."""
+"""How the update of a plan hides behind the model's own work: the ways there are, each timed as a whole step.
+
+[Note: a head start]
+Under the next forward the CPU updates as fast as forward reads, at best, and forward has to wait for the first of them:
+gradient down, update, parameters up. A state that came up in backward is updated at once. So the first subgroups of the
+forward visit, as many as keep a slot free for later ones, and the CPU is ahead by as much. Where forward is long enough
+fewer visits than the fastest split has do, as they leave links and host memory to the CPU.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from offload.layer_costs import Layer, room_in_backward
 from offload.perf_model import Rates
 from offload.phases import IN_ORDER, Hiding, StepPrediction, predict_step
 from offload.plan import Placement, Plan
-from offload.policy import Overlap
+from offload.policy import Overlap, evenly
 from offload.scheduling import schedule
 from offload.subgroup import Subgroup
 
@@ -31,16 +38,25 @@ def describe(hiding: Hiding) -> str:
 
 
 def hide(
-    plan: Plan, subgroups: Sequence[Subgroup], rates: Rates, layers: Sequence[Layer], ways: Iterable[Hiding]
+    plan: Plan,
+    subgroups: Sequence[Subgroup],
+    rates: Rates,
+    layers: Sequence[Layer],
+    ways: Iterable[Hiding],
+    visitors: Collection[int] = (),
 ) -> list[tuple[Hiding, StepPrediction]]:
     """The step of ``plan`` with its update hidden in each of ``ways``, the shortest first; of equals the first of them.
 
-    A step's own plan says in which order, and through how many slots.
+    A step's own plan says in which order, through how many slots and, among ``visitors``, which subgroups visit: see
+    [Note: a head start].
     """
     steps = []
     for hiding in ways:
-        orders = (predict_step(o, subgroups, rates, layers, hiding) for o in _orders(plan, subgroups, rates, hiding))
-        steps.append((hiding, min(orders, key=lambda step: step.step_s)))
+        plans = [*_orders(plan, subgroups, rates, hiding)]
+        if hiding.overlap == "next_forward" and not hiding.in_backward:
+            plans += _head_starts(plan, subgroups, rates, hiding, visitors)
+        hidden = (predict_step(each, subgroups, rates, layers, hiding) for each in plans)
+        steps.append((hiding, min(hidden, key=lambda step: step.step_s)))
     return sorted(steps, key=lambda item: item[1].step_s)
 
 
@@ -81,3 +97,24 @@ def _orders(plan: Plan, subgroups: Sequence[Subgroup], rates: Rates, hiding: Hid
     if hiding.overlap == "backward" or hiding.in_backward:
         order = range(len(subgroups) - 1, -1, -1)
         yield schedule(placements, subgroups, rates, num_slots=num_slots, num_staging=num_staging, order=order)
+
+
+def _head_starts(
+    plan: Plan, subgroups: Sequence[Subgroup], rates: Rates, hiding: Hiding, visitors: Collection[int]
+) -> Iterator[Plan]:
+    """Plans whose first subgroups visit; all visits of ``plan``, twice the first ones, or those alone."""
+    num_slots = plan.num_buffers(Placement.DEVICE) + hiding.num_passing_slots
+    num_staging = plan.num_buffers(Placement.HOST)
+    able = [s.index for s in subgroups if s.index in visitors]
+    first = min(num_slots - 1, plan.num_visits)
+    if first < 1 or num_staging == 0:
+        return
+    for num in sorted({first, min(2 * first, plan.num_visits), plan.num_visits}):
+        others = evenly(able[first:], num - first)
+        placements = [
+            where if where is Placement.RESIDENT
+            else Placement.DEVICE if index in others or index in able[:first]
+            else Placement.HOST
+            for index, where in sorted(plan.placements.items())
+        ]  # fmt: skip
+        yield schedule(placements, subgroups, rates, num_slots=num_slots, num_staging=num_staging)

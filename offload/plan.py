@@ -96,6 +96,11 @@ class Plan:
         """Placement of every subgroup that the plan updates."""
         return {op.subgroup: PLACEMENT_OF[op.kind] for op in self.ops}
 
+    @property
+    def num_visits(self) -> int:
+        """Subgroups whose state visits the device."""
+        return sum(where is Placement.DEVICE for where in self.placements.values())
+
     def num_buffers(self, placement: Placement) -> int:
         """How many slots (DEVICE) or staging buffers (HOST) the plan passes through."""
         chain = CHAINS[placement]

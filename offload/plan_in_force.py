@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from offload.beliefs import Measurement
-from offload.controller import Controller, Decision, num_visits
+from offload.controller import Controller, Decision
 from offload.final_gradients import in_order_of
 from offload.homes import Homes, first_plan
 from offload.memory import SubgroupMemory
@@ -113,7 +113,7 @@ class PlanInForce:
         self.plan = decision.plan
         logger.info(
             "step %d: %s, %d of %d subgroups visit the device",
-            decision.measurement.step, decision.action, num_visits(decision.plan), len(self._memory.subgroups),
+            decision.measurement.step, decision.action, decision.plan.num_visits, len(self._memory.subgroups),
         )  # fmt: skip
 
     @property

@@ -13,6 +13,7 @@ from offload.bounds import Bound, plan_bound
 from offload.homes import Homes
 from offload.perf_model import Prediction, Predictor, Rates
 from offload.plan import Placement, Plan, lower
+from offload.policy import evenly
 from offload.scheduling import schedule
 from offload.subgroup import Subgroup
 
@@ -86,10 +87,8 @@ def best_plan(subgroups: Sequence[Subgroup], rates: Rates, homes: Homes) -> Pred
 def spread(subgroups: Sequence[Subgroup], homes: Homes, num_device: int) -> list[Placement]:
     """Placements with ``num_device`` of the visitors on the device, evenly spread among the others."""
     placements = [Placement.RESIDENT if s.index in homes.residents else Placement.HOST for s in subgroups]
-    visitors = sorted(homes.visitors)
-    for rank, i in enumerate(visitors):
-        if (rank + 1) * num_device // len(visitors) > rank * num_device // len(visitors):
-            placements[i] = Placement.DEVICE
+    for i in evenly(sorted(homes.visitors), num_device):
+        placements[i] = Placement.DEVICE
     return placements
 
 

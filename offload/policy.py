@@ -110,3 +110,9 @@ def choose_placements(policy: Policy, num_subgroups: int, residents: Collection[
         else:
             placements.append(Placement.DEVICE if visits else Placement.HOST)
     return placements
+
+
+def evenly(items: Sequence[int], num: int) -> list[int]:
+    """``num`` of ``items``, evenly spread among the others."""
+    count = len(items)
+    return [item for rank, item in enumerate(items) if (rank + 1) * num // count > rank * num // count]

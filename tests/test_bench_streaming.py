@@ -32,3 +32,10 @@ def test_accelerate_does_not_overlap() -> None:
     sizes = bench.inners(6, unequal=False)
     bench.set_machine(bench.RATIOS["balanced"])
     assert bench.with_accelerate(sizes) > 1.9 * bench.ours(sizes)["pass_s"]
+
+
+def test_experts_that_are_not_routed_to_cost_nothing() -> None:
+    """Two of sixteen are used in a pass, and half of all fit: eight times fewer bytes, and most of those are there."""
+    found = bench.mixture(3)
+    assert found["loads per visit"] < 0.4
+    assert found["with their block"] > 8 * found["cached"]

@@ -160,6 +160,24 @@ def fail_prefetch(
         monkeypatch.setattr(actions, "prefetch", prefetch)
 
 
+def fail_prefetch_in_open_update(monkeypatch: pytest.MonkeyPatch, optimizer: offload.AdamW) -> None:
+    """Let the first prefetch that the conductor enqueues while backward runs find the device full."""
+    failed = False
+    for actions in optimizer.runtime.actions:
+
+        def prefetch(slot: object, original: object = actions.prefetch) -> None:
+            nonlocal failed
+            flight = optimizer.runtime._conductor._flight
+            is_conductor = threading.current_thread().name.startswith("offload-conductor")
+            if not failed and is_conductor and flight is not None and flight.is_open:
+                failed = True
+                raise torch.OutOfMemoryError("no memory left")
+            assert callable(original)
+            original(slot)
+
+        monkeypatch.setattr(actions, "prefetch", prefetch)
+
+
 @pytest.mark.parametrize("overlap", ["none", "backward", "next_forward"])
 @pytest.mark.parametrize("plan", ["device", offload.Stride(2)], ids=str)
 @pytest.mark.parametrize("nths", [{1}, {1, 2}, {6}], ids=str)
@@ -204,6 +222,26 @@ def test_device_full_in_a_step_after_early_transfers(
     fail_prefetch(monkeypatch, optimizer, {2}, in_backward=False)
     assert_same_bits(train(model, optimizer, steps=range(NUM_STEPS)), undisturbed())
     assert optimizer.runtime.homes.num_slots == 1
+    assert sim.races() == []
+
+
+@pytest.mark.parametrize("overlap", ["backward", "next_forward"])
+@pytest.mark.parametrize("plan", ["device", offload.Stride(2)], ids=str)
+def test_device_full_while_the_update_runs_in_backward(
+    sim: ModuleType, monkeypatch: pytest.MonkeyPatch, overlap: str, plan: object
+) -> None:
+    """A prefetch in the middle of an open update fails: the rest of that update goes on without its slot."""
+    model = mlp(device="sim")
+    optimizer = make(model, plan, overlap)
+    fail_prefetch_in_open_update(monkeypatch, optimizer)
+    for step in range(NUM_STEPS):
+        optimizer.zero_grad()
+        with optimizer.update_in_backward():
+            loss_of(model, step).backward()
+        optimizer.step()
+    optimizer.synchronize()
+    assert optimizer.runtime.homes.num_slots == 1
+    assert_same_bits(snapshot(model), undisturbed().params)
     assert sim.races() == []
 
 

@@ -39,6 +39,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
             },
             {"subgroup", "module_waits", "pending_reads", "monitor", "timeline"},
             {"testing", "pool", "policy", "executor", "adam"},
+            {"master_reading"},
             {
                 "conductor",
                 "snapshot",

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from offload.adam import HOST_PIECE_NUMEL, AdamSubgroup, ParamSlice, read_master
-from offload.kernels.codec import read_state
+from offload import master_reading
+from offload.adam import AdamSubgroup, ParamSlice
 from offload.masters import MasterTable
 from offload.state_layout import StateKind, StateLayout
 from tests.training import assert_same_bits, bits
@@ -124,37 +124,45 @@ def test_noted_edits_are_not_read() -> None:
     assert Calls().refresh(table) == []
 
 
-class LargestResult(TorchDispatchMode):
-    """How many elements the largest tensor has that an operation allocates."""
+class Allocations(TorchDispatchMode):
+    """Operations whose result is new memory."""
 
-    numel = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and func._schema.returns[0].alias_info is None:  # no view, and nothing in place
-            self.numel = max(self.numel, result.numel())
-        return result
+        if func._schema.returns[0].alias_info is None:  # neither a view nor in place
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("state_format", ["fp32", "split16", "bf16", "int8"])
-def test_large_parameters_are_read_in_pieces(state_format: str) -> None:
-    """On no bill, so no temporary may be as large as a parameter."""
-    param = nn.Parameter(torch.randn(2 * HOST_PIECE_NUMEL + 5).to(torch.bfloat16))
-    layout = StateLayout(StateKind(state_format), param.numel())
+@pytest.mark.parametrize(
+    ("state_format", "dtype"),
+    [("fp32", dtype) for dtype in (torch.float32, *LOW_PRECISION)]
+    + [(name, torch.bfloat16) for name in ("split16", "bf16", "int8")],
+)
+def test_reading_in_pieces_allocates_nothing(
+    state_format: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bits of the plain formula, from a parameter of which about half was edited."""
+    monkeypatch.setattr(master_reading, "PIECE_NUMEL", 1 << 10)
+    numel = (1 << 11) + 5
+    layout = StateLayout(StateKind(state_format), numel)
     slab = torch.zeros(layout.shape, dtype=layout.dtype)
-    actions = AdamSubgroup([ParamSlice(param, 0, param.numel())], param.dtype, slab, None, layout)
-    state = layout.state(slab)
-    state.master.fill_(1)  # kept by compact formats, where it makes a master that rounds to the parameter
-    table = MasterTable()
-    table.add(0, actions)
-    with LargestResult() as largest:
-        table.refresh(lambda: None, lambda param: None)
-    assert 0 < largest.numel <= HOST_PIECE_NUMEL
-    rows = read_state(state, param.detach())
-    assert_same_bits(rows.master.bfloat16(), param.detach())
-    assert_same_bits(
-        bits(rows.master) - bits(param.detach().float()), torch.full_like(bits(rows.master), state_format != "fp32")
-    )
+    for field in layout.state(slab).tensors():
+        if field is not None:
+            field.copy_(torch.randn(field.shape) * (1 if field.is_floating_point() else 1000))
+    master = slab[0] if state_format == "fp32" else torch.randn(numel)
+    param = nn.Parameter(torch.where(torch.rand(numel) < 0.5, master, torch.randn(numel)).to(dtype))
+    expected = slab.clone()
+    master_reading._read_on_device(layout.state(expected), param.detach())
+    actions = AdamSubgroup([ParamSlice(param, 0, numel)], dtype, slab, None, layout)
+    reader = master_reading.MasterReader()
+    with torch.no_grad(), Allocations() as allocations:
+        reader.read(actions, actions.slices[0])
+    assert_same_bits(slab.view(torch.uint8), expected.view(torch.uint8))
+    assert allocations.found == []
 
 
 # ---- which value wins
@@ -176,7 +184,7 @@ def test_an_edit_wins_and_no_edit_keeps_the_master(
     item = ParamSlice(param, 0, 1)
     actions = AdamSubgroup([item], dtype, torch.stack([master, master, master]), None)
     with torch.no_grad():
-        read_master(actions, item, torch.empty(HOST_PIECE_NUMEL))
+        master_reading.MasterReader().read(actions, item)
     still_equal = bool((bits(param) == bits(rounded)).all())
     assert_same_bits(actions.state[0], master if still_equal else param.detach().float())
     assert_same_bits(actions.state[1:], torch.stack([master, master]))

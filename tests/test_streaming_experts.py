@@ -116,9 +116,8 @@ def favour(model: nn.Module, experts: list[int]) -> None:
         layer.favourites = experts
 
 
-@KINDS
 @pytest.mark.parametrize("executor", EXECUTORS)
-@pytest.mark.parametrize("num_experts", [2, 7])
+@pytest.mark.parametrize(("make", "num_experts"), [(FusedExperts, 2), (SeparateExperts, 2), (FusedExperts, 7)])
 def test_the_same_bits(sim: ModuleType, poison: list[int], executor: str, make: type, num_experts: int) -> None:
     budget = budget_for(make, num_experts)
     sim.configure(executor)
@@ -233,9 +232,15 @@ class Recomputed(Adapted):
     recomputed = True
 
 
-@KINDS
-@pytest.mark.parametrize("model_class", [Adapted, Recomputed])
-@pytest.mark.parametrize("resident", [0, "auto"])
+@pytest.mark.parametrize(
+    ("make", "model_class", "resident"),
+    [
+        (FusedExperts, Adapted, "auto"),
+        (FusedExperts, Recomputed, 0),
+        (SeparateExperts, Recomputed, "auto"),
+        (SeparateExperts, Adapted, 0),
+    ],
+)
 def test_gradients_through_frozen_experts(make: type, model_class: type, resident: Any) -> None:
     model = build(lambda: model_class(make))
     streamed(model, budget_for(make, 3), resident=resident)
@@ -265,8 +270,7 @@ def test_fused_experts_unfrozen_later_are_refused() -> None:
         loss_of(model, 0)
 
 
-@KINDS
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize(("make", "error"), [(FusedExperts, KeyboardInterrupt), (SeparateExperts, ValueError)])
 def test_an_exception_in_the_middle_of_an_expert_and_a_retry(
     make: type, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -394,13 +398,13 @@ def test_a_cycle_that_does_not_fit_keeps_a_part_of_it() -> None:
 def test_hot_experts_stay_and_cool_down() -> None:
     lanes = ordering_lanes(AccessHistory())
     cache = sizes_cache(6, 3, lanes)
-    for step in range(40):
+    for step in range(100):
         cache.begin_pass()
         for expert in (0, 1, 2 + step % 4):
             visit(cache, lanes, expert)
     assert {0, 1} <= {*cache.held()}
-    assert cache.counts.num_loads == 2 + 40 + 1, "and one: after the first pass all three are equally hot"
-    for _ in range(2 * HALF_LIFE_PASSES):
+    assert cache.counts.num_loads == 2 + 100 + 1, "and one: after the first pass all three are equally hot"
+    for _ in range(3 * HALF_LIFE_PASSES // 2):
         cache.begin_pass()
         for expert in (4, 5):
             visit(cache, lanes, expert)

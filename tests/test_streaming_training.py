@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from types import ModuleType
+from functools import partial
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import offload
+from offload.lanes import Work
+from offload.streaming.blocks import NamedTensor
+from offload.streaming.gradients import StreamedGradients
+from offload.streaming.packing import PackedLayer, Packing
 from tests.streaming_models import VOCAB, Block, Model, build, poison_freed_places, tokens
 from tests.test_streaming import BASE_BYTES, BLOCK_BYTES, EXECUTORS, SMALL, add_adapters, streamed
 from tests.training import assert_same_bits, snapshot
@@ -91,6 +96,39 @@ def test_the_last_window_of_forward_is_the_first_of_backward(sim: ModuleType) ->
     model(batch).sum().backward()
     uploads = [span for span in sim.trace() if span.engine == "h2d"]
     assert [round((span.end_s - span.start_s) * 1e6) for span in uploads] == [BLOCK_BYTES] * (8 + 8 - 2)
+
+
+class WatchedLane:
+    """Runs work at once, and notes whose events somebody waits for."""
+
+    def __init__(self) -> None:
+        self.num_submitted = 0
+        self.waited: list[int] = []
+
+    def submit(self, work: Work, after: Any = ()) -> Any:
+        work.run()
+        self.num_submitted += 1
+        return SimpleNamespace(synchronize=partial(self.waited.append, self.num_submitted - 1))
+
+    def mark(self) -> Any:
+        return SimpleNamespace(synchronize=lambda: None)
+
+
+def test_gradients_of_two_layers_at_most_are_on_their_way() -> None:
+    """Else a host that is ahead of its device would hold the gradients of all layers there."""
+    weights = [nn.Parameter(torch.ones(128)) for _ in range(6)]
+    layers = []
+    for weight in weights:
+        named = [NamedTensor("weight", weight)]
+        packing = Packing(named)
+        layers.append(PackedLayer.in_memory(named, packing, torch.empty(packing.num_bytes, dtype=torch.uint8), False))
+    lane = WatchedLane()
+    lanes: Any = SimpleNamespace(compute=lane, d2h=lane, h2d=lane)
+    gradients = StreamedGradients(layers, lanes, lambda num: torch.empty(num, dtype=torch.uint8), lambda: None)
+    sum((weight * 2).sum() for weight in weights).backward()
+    assert lane.waited == [0, 1, 2, 3], "of six, all but the last two"
+    assert gradients.end_backward()
+    assert all(torch.equal(weight.grad, torch.full((128,), 2.0)) for weight in weights)
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)

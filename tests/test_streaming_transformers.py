@@ -88,8 +88,9 @@ def adamw(*groups: list[nn.Parameter]) -> list[torch.optim.Optimizer]:
     return [offload.AdamW(params, lr=3e-3, plan="host") for params in groups]
 
 
+# Without checkpointing it is what test_streaming_training does with a model of its own.
 @pytest.mark.parametrize("num_steps", [4, pytest.param(20, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_full_training_of_a_llama_has_the_same_bits(checkpointing: bool, num_steps: int) -> None:
     def make() -> Any:
         model = llama()
@@ -115,8 +116,15 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [param for param in model.parameters() if param.requires_grad]
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("when", "checkpointing"),
+    [
+        ("before", True),
+        ("after", False),
+        pytest.param("before", False, marks=pytest.mark.slow),
+        pytest.param("after", True, marks=pytest.mark.slow),
+    ],
+)
 def test_lora_before_or_after_streaming(when: str, checkpointing: bool) -> None:
     def make() -> Any:
         model = llama()

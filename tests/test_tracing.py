@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from offload.estimate import TransformerShape, transformer_cost
 from offload.tracing import trace_module
 
-BATCH, SEQ, HIDDEN, FFN, HEADS, LAYERS, VOCAB = 2, 128, 256, 704, 4, 6, 512
+BATCH, SEQ, HIDDEN, FFN, HEADS, LAYERS, VOCAB = 2, 64, 192, 512, 4, 5, 256
 
 
 class Block(nn.Module):

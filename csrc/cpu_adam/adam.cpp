@@ -18,6 +18,7 @@
 #include "state.h"
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
 #endif
 
@@ -82,11 +83,17 @@ namespace avx512 {
 // Values of the C ABI.
 enum class Isa : int { kScalar = 0, kAvx2 = 1, kAvx512 = 2 };
 
+#if defined(__x86_64__)
+bool HasF16c() {  // clang 14 does not know it by name
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+#endif
+
 bool IsSupported(Isa isa) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool has_avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && HasF16c();
   if (isa == Isa::kAvx2) return has_avx2;
   if (isa == Isa::kAvx512) {
     return has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -6,12 +6,15 @@ Between passes ``param.grad`` is in pinned host memory, beside the weight, so th
 - a gradient goes down once backward has produced it; its device memory is handed on when the copy is done;
 - a gradient that meets an earlier one (accumulation, a block called twice) is added to it on the device, in torch's
   order and dtype, after the earlier one has arrived on the host;
+- the thread that submits backward may be far ahead of the device, and what it has handed out cannot be given out again
+  until the device is done with it: so it waits where gradients of more than two layers are on their way;
 - backward returns when all gradients are on the host, and all copies of weights too: the optimizer may then write.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -43,6 +46,8 @@ class StreamedGradients:
         self._on_gradient = on_gradient
         self._earlier: dict[int, Tensor] = {}  # gradients on the host that the present one is added to
         self._arrived: dict[int, Event] = {}  # of this backward
+        self._on_their_way: deque[tuple[Event, int]] = deque()  # and how many bytes, the oldest first
+        self._most_bytes = 2 * max((layer.num_bytes for layer in layers), default=0)
         self._params: list[Tensor] = []
         self._homes: list[Tensor] = []
         self._handles: list[RemovableHandle] = []
@@ -84,6 +89,9 @@ class StreamedGradients:
         if isinstance(self._lanes.d2h, StreamLane):
             grad.record_stream(self._lanes.d2h.stream)
         self._show(param, home)
+        self._on_their_way.append((self._arrived[index], grad.nbytes))
+        while sum(num_bytes for _, num_bytes in self._on_their_way) > self._most_bytes:
+            self._on_their_way.popleft()[0].synchronize()
 
     @staticmethod
     def _show(param: Tensor, home: Tensor) -> None:
@@ -100,6 +108,7 @@ class StreamedGradients:
         self._lanes.d2h.mark().synchronize()
         self._lanes.h2d.mark().synchronize()
         self._arrived.clear()
+        self._on_their_way.clear()
         self._earlier.clear()
         return True
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import offload
+from offload.accelerators.sim import Executor
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -79,6 +80,28 @@ def test_on_an_accelerator_under_overlap(sim: ModuleType, tmp_path: Path, monkey
     assert optimizer.runtime.options.overlap == "next_forward"
     assert next(trainer.model.parameters()).device.type == "sim"
     assert_same_bits(result, plain_loop(llama(device="sim"), args, ours))
+
+
+@pytest.mark.parametrize(
+    "executor", ["lazy", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sync", "eager", "random"))]
+)
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
+def test_trainer_as_it_is_gives_no_report(
+    sim: ModuleType, dtype: str, executor: Executor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches from pinned memory, recomputation, accumulation, evaluation, checkpoints, torch's fused AdamW."""
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "sim")
+    sim.configure(executor, seed=1)
+    args = arguments(
+        tmp_path, accumulation=2, dataloader_pin_memory=True, gradient_checkpointing=True, eval_strategy="steps",
+        eval_steps=2, save_strategy="steps", save_steps=2, optim="adamw_torch_fused", max_steps=3,
+    )  # fmt: skip
+    trainer = trainer_of(
+        llama(getattr(torch, dtype)), args, optimizer_cls_and_kwargs=None, eval_dataset=sequences(4)
+    )  # fmt: skip
+    assert len(train_with_trainer(trainer).losses) == 3 * 2
+    assert next(trainer.model.parameters()).device.type == "sim"
+    assert sim.races() == []
 
 
 @pytest.mark.parametrize(
@@ -206,6 +229,7 @@ ASSETS = Path(__file__).resolve().parents[2] / ".cache" / "demo"
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(not ASSETS.exists(), reason="needs the model and the text that `make demo` fetches")
 def test_smollm2_on_real_text(tmp_path: Path) -> None:
     """SmolLM2-135M on the King James Bible: the plain loop's bits, torch's, and a resumed run's."""
