@@ -177,6 +177,23 @@ def test_what_is_told_of_late_slows_what_ran_long_ago(sim: ModuleType, link: Lin
     assert times(sim) == near((0, 2), (2, 3), (0, 2))
 
 
+@pytest.mark.slow
+def test_the_oldest_work_is_forgotten_and_stays_as_it_was(sim: ModuleType, link: Link) -> None:
+    """Half a million pieces are remembered. What is told of later than that waits until the forgotten ones are over."""
+    sim.set_profile(host_dram_bytes_per_s=1e9)
+    with ThreadPoolExecutor(1, initializer=sim.own_host_clock) as worker:
+        sim.host_charge(1.0, num_bytes=1e9)
+        first = sim.host_mark()
+        for _ in range(1 << 19):
+            sim.host_charge(1e-6)
+        worker.submit(link.up).result()
+    assert sim.host_time_s() == pytest.approx(1 + (1 << 19) * 1e-6)
+    assert sim.host_time_s(first) == pytest.approx(1)
+    spans = sim.trace()
+    assert len(spans) == (1 << 19) * 3 // 4 + 2
+    assert spans[-1].start_s == pytest.approx(1 + ((1 << 17) - 1) * 1e-6)
+
+
 # Three threads, in the order of each. What others wait for is a mark, by its name; "look" asks for the time.
 PROGRAM = {
     "main": (

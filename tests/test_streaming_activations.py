@@ -96,6 +96,17 @@ def test_arguments_in_order_and_the_model_is_left_alone() -> None:
     assert torch.accelerator.max_memory_allocated() <= handle.bill.device_bytes
 
 
+def test_gradients_of_streamed_weights_do_not_stay() -> None:
+    """With few tokens, those of all blocks together would be most of what is taken."""
+    model, ids = build(lambda: Model(24)), tokens(2)
+    torch.accelerator.reset_peak_memory_stats()
+    handle = offload.stream(model, "1MiB", example=(ids,), resident=0, verbose=False)
+    output = model(ids.to("sim"))
+    output.mean().backward()
+    used = torch.accelerator.max_memory_allocated()
+    assert used <= handle.bill.device_bytes <= 1.02 * used
+
+
 class LooksAtValues(Model):
     def forward(self, tokens: Tensor) -> Tensor:
         return super().forward(tokens) * (2 if tokens.sum().item() > 0 else 1)
