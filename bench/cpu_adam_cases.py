@@ -13,6 +13,7 @@ import importlib.util
 import itertools
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -185,7 +186,9 @@ def _add_deepspeed(jobs: Jobs, buffers: Buffers, num_threads: int, *, quick: boo
     reason = None
     if importlib.util.find_spec("deepspeed") is None:
         reason = "not installed"
-    elif quick and not _is_built("cpu_adam"):
+    elif lock := next(_extension_files("cpu_adam/lock"), None):
+        reason = f"left out: a build of its operator is under way, or was killed; if none is, delete {lock}"
+    elif quick and not any(_extension_files("cpu_adam.so")):
         reason = "left out of a quick run: its operator is compiled at the first full one"
     if reason is not None:
         jobs.missing |= {DEEPSPEED: reason, ZERO3: reason}
@@ -204,11 +207,12 @@ def _add_deepspeed(jobs: Jobs, buffers: Buffers, num_threads: int, *, quick: boo
     jobs.offload[ZERO3] = zero3
 
 
-def _is_built(extension: str) -> bool:
+def _extension_files(name: str) -> Iterator[Path]:
+    """Of torch's cache of extensions. Whoever finds a lock there waits for it, for ever if its owner was killed."""
     from torch.utils import cpp_extension
 
     root = os.environ.get("TORCH_EXTENSIONS_DIR", cpp_extension.get_default_build_root())
-    return any(Path(root).glob(f"**/{extension}.so"))
+    return Path(root).glob(f"**/{name}")
 
 
 def _deepspeed_step(buffers: Buffers) -> Case:
