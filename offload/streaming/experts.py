@@ -24,7 +24,7 @@ from offload.streaming.host_memory import HostMemory
 from offload.streaming.packing import PackedLayer, Packing
 from offload.streaming.streamer import Streamer
 from offload.streaming.visits import Visits
-from offload.streaming.wrapping import untraced
+from offload.streaming.wrapping import ReplacedForward, untraced
 
 _LIST_NAME = "experts"
 _FUSED_ARGUMENTS = ["self", "hidden_states", "top_k_index", "top_k_weights"]
@@ -195,29 +195,21 @@ class FusedForward:
         self._first = first
         self._streamer: Streamer | None = streamer
         self._cache = cache
-        self._had_own = "forward" in fused.module.__dict__
-        self._original = fused.module.forward
-        loop = inspect.unwrap(type(fused.module).forward)
-        self._loop: Callable[..., Any] = self._original if self._had_own else functools.partial(loop, fused.module)
+        original = fused.module.forward
 
-        @functools.wraps(self._original)
         def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Any:
             if self._streamer is None or self._is_replaced():
-                return self._original(hidden_states, top_k_index, top_k_weights)
+                return original(hidden_states, top_k_index, top_k_weights)
             return self._run(self._streamer, hidden_states, top_k_index, top_k_weights)
 
-        self._forward = module_forward = untraced(forward)
-        fused.module.forward = module_forward
+        self._replaced = ReplacedForward(fused.module, untraced(forward))
+        loop = inspect.unwrap(type(fused.module).forward)
+        self._loop: Callable[..., Any] = original if self._replaced.had_own else functools.partial(loop, fused.module)
 
     def remove(self) -> None:
         """Forward is as before. If another wrapper was put around this one since, this one stays and does nothing."""
         self._streamer = None
-        if self._module.__dict__.get("forward") is not self._forward:
-            return
-        if self._had_own:
-            self._module.forward = self._original
-        else:
-            del self._module.__dict__["forward"]
+        self._replaced.remove()
 
     def _is_replaced(self) -> bool:
         """Other parameters were registered since: those stay on the device, and nothing stands in for them."""

@@ -18,35 +18,44 @@ F = TypeVar("F", bound=Callable[..., Any])
 Around = Callable[[], "Untraced"]
 
 
+class ReplacedForward:
+    """Another ``module.forward``, until :meth:`remove`. ``original`` is the one before."""
+
+    def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        self._module = module
+        self.original = module.forward
+        self.had_own = "forward" in module.__dict__
+        # libraries read the signature, to know which arguments a model takes
+        self._forward = module.forward = functools.update_wrapper(forward, self.original)
+
+    def remove(self) -> None:
+        """Forward is as before. If another wrapper was put around this one since, this one stays in its place."""
+        if self._module.__dict__.get("forward") is not self._forward:
+            return
+        if self.had_own:
+            self._module.forward = self.original
+        else:
+            del self._module.__dict__["forward"]
+
+
 class WrappedForward:
-    """``module.forward`` inside a context, until :meth:`remove`."""
+    """``module.forward`` inside a context, until :meth:`remove`; wherever it stays after that, it does nothing."""
 
     def __init__(self, module: nn.Module, around: Around) -> None:
-        self._module = module
-        self._original = module.forward
-        self._had_own = "forward" in module.__dict__
         self._around: Around | None = around
-        original = self._original
+        original = module.forward
 
-        @functools.wraps(original)  # libraries read the signature, to know which arguments a model takes
         def forward(*args: Any, **kwargs: Any) -> Any:
             if self._around is None:
                 return original(*args, **kwargs)
             with self._around() as call:
                 return call.returned(original(*args, **kwargs))
 
-        self._forward = forward
-        module.forward = forward
+        self._replaced = ReplacedForward(module, forward)
 
     def remove(self) -> None:
-        """Forward is as before. If another wrapper was put around this one since, this one stays and does nothing."""
         self._around = None
-        if self._module.__dict__.get("forward") is not self._forward:
-            return
-        if self._had_own:
-            self._module.forward = self._original
-        else:
-            del self._module.__dict__["forward"]
+        self._replaced.remove()
 
 
 def untraced(function: F) -> F:
