@@ -16,6 +16,7 @@ import argparse
 import gc
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -145,10 +146,9 @@ class UpdateInPlace:
 # ---- one case
 
 
-def emulate(profile: HardwareProfile, size: Size, numel: int) -> float:
-    """Set the emulated device to the miniature of ``profile``; returns the latency of its copies."""
+def emulate(profile: HardwareProfile, size: Size, numel: int) -> None:
+    """Set the emulated device to the miniature of ``profile``."""
     scale = numel / FULL_NUMEL
-    latency_s = profile.copy_latency_s * scale
     sim.set_profile(
         h2d_bytes_per_s=profile.both_bytes_per_s,
         d2h_bytes_per_s=profile.both_bytes_per_s,
@@ -160,11 +160,10 @@ def emulate(profile: HardwareProfile, size: Size, numel: int) -> float:
         device_update_params_per_s=profile.device_update_params_per_s,
         memory_bytes_per_s=profile.device_memory_bytes_per_s,
         flops=profile.device_flops * size.tokens / size.full_tokens,
-        latency_s=latency_s,
+        latency_s=profile.copy_latency_s * scale,
         launch_s=profile.launch_latency_s * scale,
     )
     sim.configure("sync", capacity="4GiB", races=False, poison=False)
-    return latency_s
 
 
 def configuration(size: Size, offload_optimizer: dict[str, Any], block: dict[str, Any] | None) -> dict[str, Any]:
@@ -196,7 +195,7 @@ def measure(
     torch.manual_seed(0)
     model = Miniature(size)
     numel = sum(p.numel() for p in model.parameters())
-    latency_s = emulate(profile, size, numel)
+    emulate(profile, size, numel)
     with mock.patch.object(CPUAdamBuilder, "load", return_value=UpdateInPlace()):
         engine, *_ = initialize(
             model=model, config=configuration(size, offload_optimizer, block), model_parameters=model.parameters()
@@ -210,12 +209,6 @@ def measure(
         torch.accelerator.synchronize()
         return sim.host_time_s()
 
-    def copies(engine_names: tuple[str, ...], first: int) -> list[Any]:
-        return [span for span in sim.trace()[first:] if span.engine in engine_names]
-
-    def bytes_of(spans: list[Any]) -> float:
-        return sum(max(0.0, span.end_s - span.start_s - latency_s) for span in spans) * profile.both_bytes_per_s
-
     def iterate() -> None:
         engine.backward(engine(x))
         engine.step()
@@ -228,8 +221,11 @@ def measure(
         for _ in range(size.num_steps):
             iterate()
         iteration_s = (at_rest_s() - start_s) / size.num_steps
+    moved = Counter[str]()
+    for span in sim.trace()[first:]:
+        moved[span.engine] += span.num_bytes
     found: dict[str, Any] = {"iteration_s": iteration_s} | {
-        f"{name}_bytes_per_param": bytes_of(copies((name,), first)) / numel / size.num_steps for name in ("d2h", "h2d")
+        f"{name}_bytes_per_param": moved[name] / numel / size.num_steps for name in ("d2h", "h2d")
     }
     if partition is not None:
         found["plan"] = str(partition.plan)
