@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import offload
+from offload.streaming import conversion
 from offload.streaming.checkpoint import map_checkpoint
 from offload.streaming.host_memory import RING_LENGTH
 from offload.streaming.piecewise import PiecewiseParameter
@@ -134,6 +135,29 @@ def test_what_is_saved_while_it_streams(tmp_path: Path) -> None:
     assert_same_bits(dict(map_checkpoint(second)), dict(map_checkpoint(first)))
 
 
+def test_what_transformers_cuts_stays_mapped(tmp_path: Path) -> None:
+    """A checkpoint with queries, keys and values in one tensor, and a model with three."""
+    torch.manual_seed(0)
+    config = transformers.NomicBertConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4
+    )
+    want = transformers.NomicBertModel(config).eval()
+    want.save_pretrained(tmp_path)
+    assert any("Wqkv" in name for name in map_checkpoint(tmp_path))
+    model, handle = streamed(tmp_path, "100KiB", reserve=0, resident=0)
+    assert handle.bill.host_bytes <= RING_LENGTH * (max(handle.plan.block_bytes) + 2 * PAGE), "the ring alone"
+    with torch.no_grad():
+        got = model(IDS.to("sim")).last_hidden_state.cpu()
+        assert torch.equal(got, want.to("sim")(IDS.to("sim")).last_hidden_state.cpu())
+    assert [*tmp_path.glob("*.safetensors")] == [tmp_path / "model.safetensors"], "nothing is written"
+
+
+def test_experts_that_transformers_computes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversion, "_merges_experts", lambda converter: False)
+    with pytest.raises(ValueError, match=r"gate_up_proj of \S*experts\.0\.w1\.weight by .* take all experts"):
+        streamed(saved(mixtral, tmp_path))
+
+
 def test_values_that_are_loaded_into_it_are_refused(tmp_path: Path) -> None:
     model, _ = streamed(saved(mixtral, tmp_path))
     want = logits(model)
@@ -151,9 +175,8 @@ def test_adapters_on_it_are_trained(tmp_path: Path) -> None:
 
     def gradients(model: Any) -> dict[str, Tensor]:
         torch.manual_seed(1)
-        adapted = peft.get_peft_model(
-            model, peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-        )
+        lora = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        adapted = peft.get_peft_model(model, lora)
         loss = adapted(IDS.to("sim"), labels=IDS.to("sim")).loss
         loss.backward()
         return {name: p.grad.cpu() for name, p in adapted.named_parameters() if p.grad is not None}
@@ -191,7 +214,7 @@ def test_files_that_lack_experts(tmp_path: Path) -> None:
     names = [f"model.layers.1.block_sparse_moe.experts.{NUM_EXPERTS - 1}.w{i}.weight" for i in (1, 2, 3)]
     with pytest.raises(ValueError, match=r"lacks weights of experts for model\.layers\.1\.mlp\.experts\.gate_up_proj"):
         streamed(remade(**{names[0]: None}))
-    with pytest.raises(ValueError, match="size mismatch for model.layers.1.mlp.experts.gate_up_proj"):
+    with pytest.raises(ValueError, match=r"size mismatch for model\.layers\.1\.mlp\.experts\.gate_up_proj"):
         streamed(remade(**{names[0]: None, names[1]: None, names[2]: None}))
     with pytest.raises(ValueError, match=r"experts \[5\] have"):
         streamed(remade(**{names[1]: torch.zeros(3, 4)}))

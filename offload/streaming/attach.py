@@ -70,7 +70,8 @@ def stream(
             takes, or an eighth of the budget where there is none.
         example: arguments of the largest call that will be made, by name or in order; their shapes and dtypes count.
             What the call takes, with its backward if the model is in training mode and has trainable weights, is found
-            by making it without memory, before anything is moved.
+            by making it without memory, before anything is moved; of a mixture, with all tokens going to the same
+            experts.
         new_tokens: most tokens that ``generate()`` adds to those of ``example``.
         disk: keep streamed weights in files of this folder instead of host memory, and read them ahead into a pinned
             ring of a few blocks. Weights that ``stream_from_pretrained`` mapped stay in the checkpoint's files.
@@ -103,7 +104,7 @@ def stream(
     visiting = {id(weight.tensor) for block in found for weight in block.weights} | {id(t) for t in mixture.tensors()}
     base = [tensor for tensor in all_tensors(model) if id(tensor) not in visiting]
     weights = [weight.tensor for block in (*found, *mixture.separate) for weight in block.weights]
-    taken = None if workload is None else activations(model, accelerator.device, workload, passing=weights)
+    taken = None if workload is None else activations(model, accelerator.device, workload, weights, mixture.fused)
     if reserve_bytes is None:
         reserve_bytes = budget_bytes // _RESERVE_SHARE if taken is None else taken.peak_bytes
     room = Room(

@@ -48,6 +48,12 @@ class FusedExperts:
     def num_experts(self) -> int:
         return len(self.params[0])
 
+    @property
+    def loop(self) -> Callable[..., Any]:
+        """The loop over experts that its class has, a function of the module and its arguments."""
+        loop: Callable[..., Any] = inspect.unwrap(type(self.module).forward)
+        return loop
+
     def weights_of(self, expert: int) -> list[NamedTensor]:
         """Its part of every parameter, as views."""
         return [
@@ -209,9 +215,10 @@ class FusedForward:
             return self._run(self._streamer, hidden_states, top_k_index, top_k_weights)
 
         self._replaced = ReplacedForward(fused.module, untraced(forward))
-        loop = inspect.unwrap(type(fused.module).forward)
-        self._loop: Callable[..., Any] = original if self._replaced.had_own else functools.partial(loop, fused.module)
-        self._state_hook = fused.module.register_state_dict_post_hook(functools.partial(self._fill_state))
+        loop = functools.partial(fused.loop, fused.module)
+        self._loop: Callable[..., Any] = original if self._replaced.had_own else loop
+        fill_state = functools.partial(self._fill_state)  # hooks take attributes, which methods do not
+        self._state_hook = fused.module.register_state_dict_post_hook(fill_state)  # type: ignore[no-untyped-call]
 
     def remove(self) -> None:
         """Forward is as before. If another wrapper was put around this one since, this one stays and does nothing."""
