@@ -76,6 +76,26 @@ def test_stuck_worker_is_named_with_what_it_does(sim: ModuleType) -> None:
     behind.synchronize()
 
 
+@pytest.mark.usefixtures("impatient")
+def test_worker_that_waits_is_named_with_the_event(sim: ModuleType) -> None:
+    lane, release = HostLane(accelerator_for(torch.device("sim", 0))), threading.Event()
+
+    class NeverYet:
+        def synchronize(self) -> None:
+            assert release.wait(100)
+
+        def __str__(self) -> str:
+            return "D3@0 of lane d2h"
+
+    event = lane.submit(Work("C3@0"), after=(NeverYet(),))
+    try:
+        with pytest.raises(StuckStepError, match=r"C3@0 of .*, whose worker waits for D3@0 of lane d2h before C3@0"):
+            event.synchronize()
+    finally:
+        release.set()
+    event.synchronize()
+
+
 def test_dead_worker_is_found(sim: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed between two pieces of work: the next is lost, and nobody would ever answer."""
     monkeypatch.setattr(watchdog, "_LOOK_S", 0.02)
@@ -133,15 +153,20 @@ class Heard(logging.Handler):
 
 
 @pytest.fixture
-def heard(impatient: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Heard]:
-    """With a watchdog of its own, which has slept through no other wait."""
-    monkeypatch.setattr(watchdog, "_watchdog", Watchdog())
+def heard() -> Iterator[Heard]:
     handler = Heard()
     watchdog.logger.addHandler(handler)
     yield handler
     watchdog.logger.removeHandler(handler)
 
 
+def lose_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on, with a watchdog that is not asleep until the end of an earlier wait's patience."""
+    monkeypatch.setenv("OFFLOAD_TIMEOUT_S", "0.05")
+    monkeypatch.setattr(watchdog, "_watchdog", Watchdog())
+
+
+@pytest.mark.usefixtures("impatient")
 def test_a_long_wait_is_said_once(heard: Heard) -> None:
     dog = Watchdog()
     with dog.watch(lambda: "the disk"), dog.watch(lambda: "the device"):
@@ -191,11 +216,11 @@ def test_a_device_that_hangs_is_named(
     model = mlp(device="sim")
     optimizer = offload.AdamW(model.parameters(), plan=offload.Stride(2), subgroup_numel=600, overlap="none")
     loss_of(model, 0).backward()
-    optimizer.synchronize()
     monkeypatch.setattr("offload.lanes.accelerator.StreamEvent", Hanging)
     with monkeypatch.context() as patch:
-        patch.setattr(Hanging, "synchronize", StreamEvent.synchronize)  # a step that is not stuck
+        patch.setattr(Hanging, "synchronize", StreamEvent.synchronize)  # the step does not hang
         optimizer.step()
+    lose_patience(monkeypatch)
     optimizer.synchronize()
     assert re.match(said, heard.messages[0])
 
@@ -207,6 +232,7 @@ def test_a_step_that_waits_for_backward_is_named(
     model = mlp(device="sim")
     optimizer = offload.AdamW(model.parameters(), plan="host", subgroup_numel=600)
     loss_of(model, 0).backward()
+    lose_patience(monkeypatch)
     monkeypatch.setattr("offload.optimizer.all_finite", lambda grads: heard.wait() is None)
     optimizer.step()
     assert heard.messages[0].startswith("optimizer.step() waits: what it waits for is none of its own work")
@@ -225,6 +251,7 @@ def test_an_update_that_waits_for_a_checkpoint_is_named(
         write(writer, *args)
 
     monkeypatch.setattr(TensorFileWriter, "write", hanging)
+    lose_patience(monkeypatch)
     saving = offload.save(tmp_path / "a", optimizer, model, asynchronous=True)
     optimizer.step()
     saving.result(100)
