@@ -14,13 +14,9 @@ from offload.arguments import check_update_in_backward, param_name
 from offload.final_gradients import FinalGradients
 from offload.gradients import NonFiniteGradientError, PendingScale, all_finite
 from offload.kernels import Scalars
-from offload.layout import (
-    check_grad,
-)
+from offload.layout import check_grad
 from offload.offloaded_state import OffloadedState
-from offload.optimizer_state import (
-    adopt_entries,
-)
+from offload.optimizer_state import adopt_entries
 from offload.shards import true_on_all_ranks
 from offload.signals import deferred_signals
 from offload.update_in_backward import UpdateInBackward
