@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import offload
 from offload.accelerators import Accelerator
 from offload.limits import MemoryLimit
+from offload.streaming.sources import HostSource
 from tests.streaming_models import WIDTH, Block, Model, build, poison_freed_places, tokens
 from tests.training import assert_same_bits, snapshot
 
@@ -352,6 +353,19 @@ def test_a_block_that_calls_itself() -> None:
     assert_same_bits(outputs(model), expected(make))
 
 
+def count_uploads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The streamed blocks whose copies are submitted from now on, in order."""
+    uploads: list[int] = []
+    real = HostSource.fetch
+
+    def fetch(self: HostSource, layer: int, *args: Any, **kwargs: Any) -> Any:
+        uploads.append(layer)
+        return real(self, layer, *args, **kwargs)
+
+    monkeypatch.setattr(HostSource, "fetch", fetch)
+    return uploads
+
+
 @pytest.mark.parametrize(("error", "executor"), [(ValueError, "lazy"), (KeyboardInterrupt, "eager")])
 def test_an_exception_in_the_middle_of_forward_and_a_retry(
     sim: ModuleType, executor: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
@@ -370,6 +384,24 @@ def test_an_exception_in_the_middle_of_forward_and_a_retry(
             outputs(model)
     assert all(p.device.type == "cpu" for layer in model.layers for p in layer.parameters())
     assert_same_bits(outputs(model), expected())
+
+
+def test_a_failed_pass_is_not_what_the_next_is_expected_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise blocks behind the failure come unforeseen, and first ones are loaded in their places in vain."""
+
+    def fail(x: Tensor) -> Tensor:
+        raise ValueError
+
+    model = build()
+    streamed(model)
+    outputs(model, num=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(model.layers[4].down, "forward", fail)
+        with pytest.raises(ValueError):
+            outputs(model, num=1)
+    uploads = count_uploads(monkeypatch)
+    outputs(model, num=1)
+    assert uploads == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1], "each once, and the first two for the pass after"
 
 
 def test_state_is_whole_while_streaming(tmp_path: Any) -> None:
