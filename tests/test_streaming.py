@@ -6,6 +6,7 @@ import copy
 import gc
 import logging
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -187,8 +188,8 @@ def test_a_device_smaller_than_the_budget_leaves_the_model_whole(sim: ModuleType
 
 
 def test_host_memory_that_does_not_hold_a_block_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Refused at the third of eight blocks; those that were moved already are whole."""
-    free_bytes = iter([BLOCK_BYTES, BLOCK_BYTES, BLOCK_BYTES - 1])
+    """Refused at the third of eight blocks; those that were moved already are whole. First comes the look at all."""
+    free_bytes = iter([BLOCK_BYTES, BLOCK_BYTES, BLOCK_BYTES, BLOCK_BYTES - 1])
     limits = lambda: [MemoryLimit("the limit", 10 * BLOCK_BYTES, next(free_bytes), True, "raise it")]  # noqa: E731
     monkeypatch.setattr("offload.streaming.host_memory.host_limits", limits)
     model = build()
@@ -197,6 +198,31 @@ def test_host_memory_that_does_not_hold_a_block_is_not_taken(monkeypatch: pytest
         streamed(model)
     assert {param.device.type for param in model.parameters()} == {"cpu"}
     assert_same_bits(outputs(model, "cpu"), expected())
+
+
+def limit_host_memory(monkeypatch: pytest.MonkeyPatch, free_bytes: int) -> None:
+    limits = [MemoryLimit("the limit", 10 * free_bytes, free_bytes, True, "raise it")]
+    monkeypatch.setattr("offload.streaming.host_memory.host_limits", lambda: limits)
+
+
+@pytest.mark.parametrize("to_disk", [False, True])
+def test_host_memory_that_does_not_hold_all_blocks_is_not_touched(
+    to_disk: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that comes from the device: three blocks stay there, and five need room, or four and a file."""
+    disk = {"disk": tmp_path, "disk_blocks": ["layers.1"]} if to_disk else {}
+    needed = (4 if to_disk else 5) * BLOCK_BYTES
+    limit_host_memory(monkeypatch, needed - 1)
+    model = build().to("sim")
+    with pytest.raises(
+        offload.BudgetError, match=rf"\({needed - 1} bytes\).* streamed weights need.*\({needed} bytes\)"
+    ):
+        streamed(model, resident=["layers.0", "layers.3", "layers.6"], **disk, budget="1MiB")
+    assert {param.device.type for param in model.parameters()} == {"sim"}
+    assert not [*tmp_path.iterdir()]
+    limit_host_memory(monkeypatch, needed)
+    streamed(model, resident=["layers.0", "layers.3", "layers.6"], **disk, budget="1MiB")
+    assert_same_bits(outputs(model), expected())
 
 
 def test_the_reserve_counts_against_the_budget() -> None:

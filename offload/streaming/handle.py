@@ -19,7 +19,7 @@ from offload.streaming.engine import Engine, Loader
 from offload.streaming.expert_cache import BlocksAndExperts, ExpertCache
 from offload.streaming.experts import Experts, FusedExperts, FusedForward, expert_layers
 from offload.streaming.gradients import StreamedGradients
-from offload.streaming.host_memory import HostMemory
+from offload.streaming.host_memory import HostMemory, check_room
 from offload.streaming.newcomers import Newcomers
 from offload.streaming.order import CallOrder
 from offload.streaming.packing import PackedLayer, Packing
@@ -188,6 +188,8 @@ class StreamHandle:
             return
         if gradients is not None:
             gradients.remove()
+        trained = [layer for layer in self._layers if any(tensor.requires_grad for tensor in layer.tensors)]
+        check_room(sum(layer.num_bytes for layer in trained), "gradients of streamed weights need")
         host = HostMemory(self._accelerator)
         self._streamer.backward.gradients = StreamedGradients(
             self._layers, self._lanes, lambda num_bytes: host.slab(num_bytes)[0], self._streamer.backward.open
