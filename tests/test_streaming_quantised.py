@@ -138,6 +138,10 @@ def test_what_is_refused() -> None:
         streamed(trained, "1MiB")
     with pytest.raises(ValueError, match=r"layers\.0\.up\.weight is quantised, .* give reserve=bytes"):
         offload.stream(build(make), "1MiB", example=(tokens(),), verbose=False)
+    eight_bit = build()
+    eight_bit.layers[4].up.weight.SCB = torch.ones(2 * WIDTH)
+    with pytest.raises(TypeError, match=r"layers\.4\.up\.weight is a Parameter of bitsandbytes' 8-bit layers"):
+        streamed(eight_bit, "1MiB")
     sparse = build()
     sparse.layers[1].up.weight = nn.Parameter(sparse.layers[1].up.weight.detach().to_sparse())
     with pytest.raises(TypeError, match=r"layers\.1\.up\.weight is a Parameter with layout torch\.sparse_coo"):

@@ -143,7 +143,7 @@ def collect_weights(
         for tensor_name, tensor in _all_tensors(module, remove_duplicate=True):
             full_name = f"{name}.{tensor_name}" if name else tensor_name
             is_adapter = is_adapted and tensor.requires_grad
-            _check_frozen(full_name, tensor)
+            _check_quantised(full_name, tensor)
             if is_adapter or not _is_streamable(tensor):
                 continue
             for part_name, part in plain_parts(full_name, tensor):
@@ -175,7 +175,12 @@ def _is_streamable(tensor: Tensor) -> bool:
     return isinstance(tensor, nn.Parameter) or (tensor.ndim >= 2 and tensor.dtype in QUANTISED_DTYPES)
 
 
-def _check_frozen(name: str, tensor: Tensor) -> None:
+def _check_quantised(name: str, tensor: Tensor) -> None:
+    if hasattr(tensor, "SCB"):
+        raise TypeError(
+            f"{name} is a {type(tensor).__name__} of bitsandbytes' 8-bit layers, which keep what they compute from it "
+            f"from call to call, on one device; quantise to 4 bits, or with torchao"
+        )
     if tensor.requires_grad and is_composite(tensor):
         raise TypeError(
             f"{name} is a {type(tensor).__name__}, made of several tensors, and is trained: no gradient of its own "
