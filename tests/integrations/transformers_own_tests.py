@@ -6,14 +6,15 @@
     OFFLOAD_OPTIMIZER=none python -m tests.integrations.transformers_own_tests TREE ...        # the same with torch's
 
 Where a test lets Trainer make the optimizer, that is ``offloaded(args)``; where it gives Trainer a ``torch.optim.SGD``,
-that is ours as well. ``optim`` values that are not offered stay transformers'. The last lines say in how many tests an
-optimizer of ours was made: the others passed or failed without it.
+that is ours as well. ``optim`` values that are not offered stay transformers'. ``OFFLOAD_OPTIONS`` are options of ours,
+as JSON. The last lines say in which tests an optimizer of ours was made: the others passed or failed without it.
 
 The tests want ``parameterized`` and ``datasets`` beside what ``.[dev]`` installs.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -27,6 +28,7 @@ import transformers
 import offload
 from offload.integrations.transformers import offloaded
 
+OPTIONS = json.loads(os.environ.get("OFFLOAD_OPTIONS", "{}"))
 _tests_with_ours: set[str] = set()
 
 
@@ -47,10 +49,10 @@ def install() -> None:
         if trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None:
             return create_optimizer(trainer, model)
         try:
-            trainer.optimizer_cls_and_kwargs = offloaded(trainer.args)
-            note_test()
+            trainer.optimizer_cls_and_kwargs = offloaded(trainer.args, **OPTIONS)
         except ValueError:  # what ``args.optim`` names is not offered
             return create_optimizer(trainer, model)
+        note_test()
         try:
             return create_optimizer(trainer, model)
         finally:  # a second training of the same Trainer may have other arguments
