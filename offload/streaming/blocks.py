@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from offload.streaming.piecewise import PiecewiseParameter
+
 # Integer tensors of two dimensions and more are quantised weights: as buffers they are streamed as parameters are.
 QUANTISED_DTYPES = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32})
 
@@ -34,6 +36,11 @@ class Block:
     name: str
     module: nn.Module
     weights: tuple[NamedTensor, ...]
+
+    @property
+    def is_piecewise(self) -> bool:
+        """Whether files hold it in pieces that no tensor in memory could show."""
+        return any(isinstance(weight.tensor, PiecewiseParameter) for weight in self.weights)
 
 
 def find_blocks(model: nn.Module, blocks: Sequence[str | nn.Module] | None = None) -> list[tuple[str, nn.Module]]:
