@@ -11,7 +11,7 @@ from torch import Tensor
 
 from offload.accelerators import Accelerator
 from offload.adam import AdamSubgroup
-from offload.homes import NUM_STAGING, Homes, settle
+from offload.homes import Homes, settle
 from offload.lanes import Lanes
 from offload.lanes.accelerator import StreamLane
 from offload.layout import Packed
@@ -260,8 +260,6 @@ class SubgroupMemory:
             self.homes.num_slots - num_slots, self.homes.num_slots,
         )  # fmt: skip
         homes = replace(self.homes, num_slots=num_slots)
-        if num_slots == 0 and homes.num_staging == 0:
-            homes = replace(homes, num_staging=NUM_STAGING)
-            self.pool.set_stagings(homes.num_staging, homes.staging_bytes(self.subgroups))
+        assert num_slots or homes.num_staging, "the step with neither fails"
         self._claim = Claim.of(homes, self.subgroups, self._accelerator)
         return True
