@@ -74,25 +74,26 @@ def parse_overlap(overlap: object) -> Overlap:
 def choose_residents(policy: Policy, subgroups: Sequence[Subgroup], device_bytes: int | None) -> frozenset[int]:
     """Subgroups whose state lives on the accelerator, decided once, when the state is allocated.
 
-    ``Static`` keeps the tail, up to its share of the parameters; a plan says so itself; ``"auto"`` fills what
-    ``device_bytes`` leaves beside two slots.
+    ``Static`` keeps its share of the parameters, ``"auto"`` what ``device_bytes`` hold beside two slots, and a plan says
+    so itself. They keep the head: residents are updated at once, so that the next forward, which begins there, runs
+    while the CPU updates the rest, whose gradients are the first that backward makes.
     """
     if isinstance(policy, Plan):
         return frozenset(i for i, where in policy.placements.items() if where is Placement.RESIDENT)
     if isinstance(policy, Static):
         limit = policy.resident_fraction * sum(s.numel for s in subgroups)
-        return _tail(subgroups, limit, [s.numel for s in subgroups])
+        return _head(subgroups, limit, [s.numel for s in subgroups])
     if policy == "auto" and device_bytes is not None and subgroups:
         state_bytes = [s.state_bytes for s in subgroups]
         if sum(state_bytes) <= device_bytes:
             return frozenset(range(len(subgroups)))
-        return _tail(subgroups, device_bytes - 2 * max(state_bytes), state_bytes)
+        return _head(subgroups, device_bytes - 2 * max(state_bytes), state_bytes)
     return frozenset()
 
 
-def _tail(subgroups: Sequence[Subgroup], limit: float, sizes: Sequence[int]) -> frozenset[int]:
+def _head(subgroups: Sequence[Subgroup], limit: float, sizes: Sequence[int]) -> frozenset[int]:
     chosen, total = [], 0
-    for i in reversed(range(len(subgroups))):
+    for i in range(len(subgroups)):
         total += sizes[i]
         if total > limit:
             break

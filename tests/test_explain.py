@@ -34,7 +34,7 @@ def test_says_where_each_subgroup_is_updated() -> None:
 def test_says_what_is_resident_and_counts_amsgrad() -> None:
     optimizer = offload.AdamW(params(), plan=Static(0.4), subgroup_numel=4096, amsgrad=True)
     lines = optimizer.explain().splitlines()
-    assert lines[4] == "       2         4,096  float32     64.0 KiB  device, state resident"
+    assert lines[2] == "       0         4,096  float32     64.0 KiB  device, state resident"
     assert "resident state 64.0 KiB" in lines[5]
 
 
