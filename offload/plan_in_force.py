@@ -68,9 +68,9 @@ class PlanInForce:
 
     def set(self, plan: Plan) -> None:
         """Put ``plan`` in force and stop choosing. Raises as :meth:`offload.runtime.Runtime.set_plan`."""
-        homes, memory = self._memory.homes, self._memory
-        num_slots = memory.num_lasting_slots + self._options.num_passing_slots
-        self._check(plan, memory.subgroups, replace(homes, num_slots=max(homes.num_slots, num_slots)))
+        homes, memory, num_passing = self._memory.homes, self._memory, self._options.num_passing_slots
+        num_slots = memory.num_lasting_slots + num_passing
+        self._check(plan, memory.subgroups, replace(homes, num_slots=num_slots, num_passing_slots=num_passing))
         self._asked, self._chooses = plan, False
         self.plan = through_slots(plan, homes)
 
@@ -142,7 +142,8 @@ class PlanInForce:
                 f"with this plan, and raise pinned_budget if one is set"
             )
         for overlapped in {False, self._options.overlap != "none"}:
-            check_ordering([self.plan, plan, plan], subgroups, overlapped=overlapped)
+            num_passing = homes.num_passing_slots if overlapped else 0
+            check_ordering([self.plan, plan, plan], subgroups, overlapped=overlapped, num_passing_slots=num_passing)
 
     def _new_controller(self, subgroups: Sequence[Subgroup], homes: Homes) -> Controller | None:
         """For "auto" on an accelerator. Parameters that join later start it anew, from the rates known by then.
