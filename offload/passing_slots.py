@@ -103,10 +103,11 @@ class PassingSlots:
         self._num_arrived = 0
 
     def give_back(self) -> Sequence[Slot]:
-        """Close all slots, and return those that were open. No update is in flight."""
+        """Close all slots, and return those that were open, though no update used them: another backward will come."""
         opened = self._opened()
         for slot in opened:
             slot.buffer = None
+        self._num_arrived = 0 if opened else self._num_arrived
         return opened
 
     def forget(self) -> None:
