@@ -5,7 +5,8 @@ One step is watched without passing slots: the memory monitor takes a sample at 
 after an arrival is the step's peak less the most that is allocated from there on: in the rest of backward, in the
 update and, where that runs under the next forward, in that one. From then on a slot opens at the first arrival that
 left room for it. It is given back when the update is enqueued, which is waited for where the next backward begins; and
-where a forward begins before the update did (another micro-batch than were watched, a step that was skipped).
+where a forward begins before the update did (another micro-batch than were watched, a step that was skipped). Two steps
+in a row with another number of arrivals, and another one is watched.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ class PassingSlots:
         self._is_warm = False  # a step is over: what is allocated once is there
         self._watched: list[MemorySample] = []  # that ended at the arrivals of one step
         self._num_arrived = 0  # in this step
+        self._num_watched = 0  # in the one that was watched
+        self._num_unlike = 0  # steps in a row that had another number
         self._is_refused = False  # the device did not have the memory
 
     def arrived(self, *, under_next_forward: bool) -> bool:
@@ -55,6 +58,10 @@ class PassingSlots:
                 "backward gives back: call monitor.attach(model, optimizer), or say monitor.phase('backward')"
             )
         self._num_arrived += 1
+        if self._num_arrived == 1 and self._num_unlike > 1:
+            self.forget()
+            self._watched.append(self._monitor.split())
+            return True
         if self._after is not None or not self._is_warm:
             return False
         if self._num_arrived == 1 and self._watched:
@@ -67,7 +74,7 @@ class PassingSlots:
         samples = [sample for sample in self._monitor.samples if sample.t_s >= self._watched[0].t_s]
         room = room_after(self._watched, samples, under_next_forward=under_next_forward)
         slot_bytes = self._memory.homes.slot_bytes(self._memory.subgroups)
-        self._after, self._watched = [], []
+        self._after, self._watched, self._num_watched = [], [], len(room)
         for num_arrived, num_bytes in enumerate(room, 1):
             num_slots = min(num_bytes // slot_bytes, self._most)
             self._after += [num_arrived] * (num_slots - len(self._after))
@@ -100,6 +107,8 @@ class PassingSlots:
     def end_step(self) -> None:
         """The update was begun, and gives back what is open."""
         self._is_warm = True
+        if self._after is not None and self._num_arrived:
+            self._num_unlike = 0 if self._num_arrived == self._num_watched else self._num_unlike + 1
         self._num_arrived = 0
 
     def give_back(self) -> Sequence[Slot]:
@@ -112,7 +121,7 @@ class PassingSlots:
 
     def forget(self) -> None:
         """Have no slots until another step was watched. Nothing is in flight."""
-        self._after, self._watched = None, []
+        self._after, self._watched, self._num_unlike = None, [], 0
         self._memory.set_passing_slots(0)
 
     def _opened(self) -> list[Slot]:
