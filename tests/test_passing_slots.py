@@ -22,6 +22,7 @@ from offload.executor import lend
 from offload.lanes import Lane
 from offload.monitor import MemorySample, Phase
 from offload.passing_slots import room_after
+from offload.plan import lower
 from offload.subgroup import Slot
 from offload.testing import faults
 from tests.training import assert_same_bits, snapshot, state_snapshot
@@ -293,6 +294,22 @@ def test_forward_before_the_update(between: Callable[[Training], None], plan: An
     training = Training(2, plan)
     assert_same_bits(run(training), expected)
     assert training.peak_bytes <= without.peak_bytes
+    assert sim.races() == []
+
+
+def test_the_cpu_waits_for_copies_that_do_not_count(sim: ModuleType) -> None:
+    """A state came up into a slot that was closed again, and the plan changed: its update must not overtake the copy."""
+    training = Training(1, PLAN)
+    sim.configure("lazy")
+    training.run(range(3))
+    evaluate(training)
+    training.backward(99)
+    assert training.slots == [True]
+    training.monitor.enter("forward")
+    assert training.slots == [False]
+    training.optimizer.runtime.in_force.plan = lower([Placement.HOST] * NUM_LAYERS, num_slots=0, num_staging=2)
+    training.optimizer.step()
+    training.optimizer.synchronize()
     assert sim.races() == []
 
 
