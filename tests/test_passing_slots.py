@@ -298,7 +298,7 @@ def test_forward_before_the_update(between: Callable[[Training], None], plan: An
 
 
 def test_the_cpu_waits_for_copies_that_do_not_count(sim: ModuleType) -> None:
-    """A state came up into a slot that was closed again, and the plan changed: its update must not overtake the copy."""
+    """A state came up into a slot that was closed again, and its update moved: it must not overtake the copy."""
     training = Training(1, PLAN)
     sim.configure("lazy")
     training.run(range(3))
@@ -307,7 +307,7 @@ def test_the_cpu_waits_for_copies_that_do_not_count(sim: ModuleType) -> None:
     assert training.slots == [True]
     training.monitor.enter("forward")
     assert training.slots == [False]
-    training.optimizer.runtime.in_force.plan = lower([Placement.HOST] * NUM_LAYERS, num_slots=0, num_staging=2)
+    training.optimizer.runtime.in_force.plan = lower([Placement.HOST] * NUM_LAYERS, num_slots=0, num_staging=1)
     training.optimizer.step()
     training.optimizer.synchronize()
     assert sim.races() == []
