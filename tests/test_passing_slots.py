@@ -307,7 +307,9 @@ def test_the_cpu_waits_for_copies_that_do_not_count(sim: ModuleType) -> None:
     assert training.slots == [True]
     training.monitor.enter("forward")
     assert training.slots == [False]
-    training.optimizer.runtime.in_force.plan = lower([Placement.HOST] * NUM_LAYERS, num_slots=0, num_staging=1)
+    last_first = range(NUM_LAYERS - 1, -1, -1)
+    host = lower([Placement.HOST] * NUM_LAYERS, num_slots=0, num_staging=1, order=last_first)
+    training.optimizer.runtime.in_force.plan = host
     training.optimizer.step()
     training.optimizer.synchronize()
     assert sim.races() == []
