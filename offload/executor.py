@@ -145,7 +145,7 @@ def enqueue_in_backward(
         if op.kind in LAST_WRITES:
             announce(subgroup)
     for slot in slots:
-        if slot.passes:
+        if slot.passes:  # see [Note: passing slots]
             slot.buffer = None
 
 
