@@ -92,8 +92,8 @@ class Hiding:
             raise ValueError("with overlap='none' nothing of the update runs in backward; give another overlap")
         if self.in_backward and self.num_passing_slots:
             raise ValueError(
-                f"num_passing_slots={self.num_passing_slots}: an update that begins in backward goes through slots that "
-                f"last; leave one of them out"
+                f"num_passing_slots={self.num_passing_slots}: an update that begins in backward goes through lasting "
+                f"slots only; leave one of the two out"
             )
 
     @property
