@@ -3,6 +3,7 @@
 #   make test       the default test suite            make test-slow   the longer sweeps
 #   make lint       ruff, mypy --strict, clang-format make format      let ruff and clang-format rewrite
 #   make soak       2,000 steps with faults and kills        make sanitize    the CPU kernel under ASan, UBSan and TSan
+#   make deletions  each handling of a fault taken out, and its test seen to fail
 #   make examples   the small examples, on an accelerator or the emulated one
 #   make docs       the site, in out/site             make dist        sdist and wheel, in dist
 #   make clean      remove what the targets above made, the downloaded model and text included
@@ -19,10 +20,10 @@ ENVIRONMENT := $(VENV)/.environment
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo examples test test-slow soak sanitize lint format docs dist clean
+.PHONY: help demo examples test test-slow soak deletions sanitize lint format docs dist clean
 
 help:
-	@sed -n '2,8s/^#//p' Makefile
+	@sed -n '2,9s/^#//p' Makefile
 
 # Virtual environment and torch: rarely changes, and its own stamp, so that an edit of the sources never touches torch.
 $(ENVIRONMENT): scripts/make_environment.py
@@ -55,6 +56,9 @@ test-slow: $(INSTALLED)
 
 soak: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow tests/test_soak.py -s
+
+deletions: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow tests/test_deletions.py --numprocesses=2
 
 # Without contraction, as the extension is built. The thread sanitizer wants fixed addresses for the program.
 SANITIZED := -std=c++17 -O1 -g -ffp-contract=off -pthread -fno-sanitize-recover=all -Wno-maybe-uninitialized

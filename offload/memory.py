@@ -261,7 +261,7 @@ class SubgroupMemory:
         )  # fmt: skip
         num_slots = len(self.pool.slots)
         homes = replace(self.homes, num_slots=num_slots, num_passing_slots=num_slots - num_lasting)
-        if num_slots == 0 and homes.num_staging == 0:
+        if num_slots == 0 and homes.num_staging == 0:  # that step went through passing slots, which are none alone
             homes = replace(homes, num_staging=NUM_STAGING)
             self.pool.set_stagings(homes.num_staging, homes.staging_bytes(self.subgroups))
         self._claim = Claim.of(homes, self.subgroups, self._accelerator)

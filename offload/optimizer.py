@@ -14,13 +14,9 @@ from offload.arguments import check_update_in_backward, param_name
 from offload.final_gradients import FinalGradients
 from offload.gradients import NonFiniteGradientError, PendingScale, all_finite
 from offload.kernels import Scalars
-from offload.layout import (
-    check_grad,
-)
+from offload.layout import check_grad
 from offload.offloaded_state import OffloadedState
-from offload.optimizer_state import (
-    adopt_entries,
-)
+from offload.optimizer_state import adopt_entries
 from offload.shards import true_on_all_ranks
 from offload.signals import deferred_signals
 from offload.update_in_backward import UpdateInBackward
@@ -98,19 +94,20 @@ class OffloadedOptimizer(OffloadedState):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.runtime.finish()
-        params = self._params_with_grad()
-        if not params:
-            warnings.warn("step() found no gradients, so it changed nothing: was backward() called?", stacklevel=4)
-            return loss
-        grads = [param.grad for _, param in params if param.grad is not None]
-        if not true_on_all_ranks(all_finite(grads), grads):
-            self._refuse_nonfinite(params)
-            return loss
-        adopt_entries((param for _, param in params), self.state, self._masters, self.synchronize, self.rule.name)
-        self._refresh_masters()
-        with deferred_signals():  # a step is taken whole, or not at all
-            self._run(params, self._grad_scale.value(grads))
+        with self.runtime.watched("optimizer.step()"):
+            self.runtime.finish()
+            params = self._params_with_grad()
+            if not params:
+                warnings.warn("step() found no gradients, so it changed nothing: was backward() called?", stacklevel=4)
+                return loss
+            grads = [param.grad for _, param in params if param.grad is not None]
+            if not true_on_all_ranks(all_finite(grads), grads):
+                self._refuse_nonfinite(params)
+                return loss
+            adopt_entries((param for _, param in params), self.state, self._masters, self.synchronize, self.rule.name)
+            self._refresh_masters()
+            with deferred_signals():  # a step is taken whole, or not at all
+                self._run(params, self._grad_scale.value(grads))
         return loss
 
     def _run(self, params: Sequence[GroupedParam], grad_scale: float) -> None:

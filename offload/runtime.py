@@ -6,6 +6,7 @@ import logging
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -22,7 +23,7 @@ from offload.executor import run_update
 from offload.homes import Homes
 from offload.kernels import default_implementation
 from offload.lanes import Lanes
-from offload.lanes.accelerator import accelerator_lanes
+from offload.lanes.accelerator import accelerator_lanes, unfinished
 from offload.lanes.inline import inline_lanes
 from offload.layout import Packed
 from offload.memory import SubgroupMemory
@@ -39,6 +40,7 @@ from offload.state_layout import ADAM_FP32, StateKind
 from offload.subgroup import Subgroup
 from offload.timeline import Span, elapsed_s
 from offload.timing import StepTimer, work_of
+from offload.watchdog import watched
 
 logger = logging.getLogger("offload")
 
@@ -426,10 +428,17 @@ class Runtime:
         if self._copier is not None:
             self._copier.wait()
         try:
-            self.lanes.synchronize()
+            with self.watched("optimizer.synchronize()"):
+                self.lanes.synchronize()
         except Exception as error:  # an error of the device surfaces wherever it is waited for
             self.mark_broken(error)
             raise
+
+    def watched(self, what: str) -> AbstractContextManager[None]:
+        """Within this context, a wait for the device that does not end is logged, with what each lane has yet to do."""
+        if self.accelerator is None:
+            return nullcontext()
+        return watched(lambda: f"{what} waits: {unfinished(self.lanes)}")
 
     def check_usable(self) -> None:
         """Raise RuntimeError if a step failed half way, or in a fork of the process that streams and workers are in."""

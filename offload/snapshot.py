@@ -26,6 +26,7 @@ from offload import host_memory
 from offload.accelerators import Accelerator
 from offload.lanes.accelerator import start_worker
 from offload.pool import BudgetError, format_bytes
+from offload.watchdog import watched
 
 DEFAULT_NUM_COPIES = 2  # one is filled while another is written
 
@@ -88,7 +89,8 @@ class CopiedEvent:
             self._future.set_result(None if self._accelerator is None else self._accelerator.host_mark())
 
     def synchronize(self) -> None:
-        mark = self._future.result()
+        with watched(lambda: "an update waits until its subgroup is copied for the checkpoint being written"):
+            mark = self._future.result()
         if self._accelerator is not None:
             self._accelerator.host_join(mark)
 

@@ -1,16 +1,22 @@
-"""Waits of the host that end: with what was waited for, with an error of the one who does it, or by a time-out.
+"""Waits of the host that last too long: given up with an error where they can be, else named in the log.
 
 A worker that died, or a device that hangs, would otherwise leave a training run silent until somebody looks.
 """
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import AbstractContextManager, contextmanager
 from threading import Thread
 from typing import TypeVar
+
+logger = logging.getLogger("offload")
 
 Result = TypeVar("Result")
 
@@ -72,3 +78,62 @@ def wait_for(
                 f"{what()}: not done after {limit_s:g} s. A device that hangs and a machine that swaps look like this; "
                 f"OFFLOAD_TIMEOUT_S sets how long is waited"
             )
+
+
+class Watchdog:
+    """Logs waits that last longer than :func:`timeout_s`. One thread for all of them, which goes when nobody waits."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waits: dict[object, tuple[float, Callable[[], str]]] = {}  # by a key of its own: until when, and for what
+        self._thread: Thread | None = None
+
+    @contextmanager
+    def watch(self, what: Callable[[], str]) -> Iterator[None]:
+        """Log an error if what runs inside does not end in time. ``what``, called in another thread, says what it is.
+
+        For waits that nobody can give up: those for a device are its driver's, those for a disk the kernel's.
+        """
+        key, limit_s = object(), timeout_s()
+        with self._lock:
+            self._waits[key] = time.monotonic() + limit_s, what
+            if self._thread is None or not self._thread.is_alive():  # dead: in a fork
+                self._thread = Thread(target=self._run, args=(limit_s,), name="offload-watchdog", daemon=True)
+                self._thread.start()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._waits.pop(key, None)
+
+    def _run(self, limit_s: float) -> None:
+        while (next_s := self._next_deadline_s()) is not None:
+            time.sleep(max(0.0, next_s - time.monotonic()))
+            for what in self._take_late():
+                logger.error(
+                    "%s: not done after %g s, and it cannot be given up. A device or a disk that hangs, another rank "
+                    "that is gone and a machine that swaps look like this; OFFLOAD_TIMEOUT_S sets when this is said",
+                    what(), limit_s,
+                )  # fmt: skip
+
+    def _next_deadline_s(self) -> float | None:
+        """None if nobody waits: the thread ends then."""
+        with self._lock:
+            if not self._waits:
+                self._thread = None
+            return min((deadline_s for deadline_s, _ in self._waits.values()), default=None)
+
+    def _take_late(self) -> list[Callable[[], str]]:
+        """Forget the waits that last too long, so that each is said once."""
+        now_s = time.monotonic()
+        with self._lock:
+            late = [key for key, (deadline_s, _) in self._waits.items() if deadline_s <= now_s]
+            return [self._waits.pop(key)[1] for key in late]
+
+
+_watchdog = Watchdog()  # of this process
+
+
+def watched(what: Callable[[], str]) -> AbstractContextManager[None]:
+    """As :meth:`Watchdog.watch`, by the one watchdog of this process."""
+    return _watchdog.watch(what)

@@ -237,6 +237,23 @@ def test_device_full_in_backward(caplog: pytest.LogCaptureFixture, sim: ModuleTy
     assert "no memory for more than 0 of 2 passing slots" in caplog.text
 
 
+def test_no_slot_that_lasts_is_left(monkeypatch: pytest.MonkeyPatch, sim: ModuleType) -> None:
+    """The step goes on through the passing slot, those after it on the CPU."""
+    training = Training(1, "device")
+    training.run(range(3))
+    for actions in training.optimizer.runtime.actions:
+
+        def prefetch(slot: Slot, real: Callable[[Slot], None] = actions.prefetch) -> None:
+            if not slot.passes:
+                raise torch.OutOfMemoryError("no memory left")
+            real(slot)
+
+        monkeypatch.setattr(actions, "prefetch", prefetch)
+    assert_same_bits(training.run(range(3, NUM_STEPS)), in_order())
+    assert training.optimizer.runtime.homes.num_slots == training.optimizer.plan.num_visits == 0
+    assert sim.races() == []
+
+
 def test_no_room_is_told(caplog: pytest.LogCaptureFixture, sim: ModuleType) -> None:
     with caplog.at_level(logging.WARNING, "offload"):
         training = Training(1000)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -13,6 +14,9 @@ import torch
 from offload.accelerators import Accelerator, accelerator_for
 from offload.lanes.base import Event, Lanes, Work
 from offload.watchdog import wait_for
+
+_IDLE = "has nothing to do"
+_NUM_ENDS = 256  # pieces of work of a stream that are remembered by name
 
 # Called once for each piece of work of a timed lane: lane's name, work's name, and its begin and end: events of a
 # stream, or stamps of the host's clock.
@@ -43,7 +47,7 @@ class _Worker:
     """A worker thread as others see it: itself, once it runs, and what it does, for whoever waits too long."""
 
     started: list[threading.Thread] = field(default_factory=list)
-    doing: str = "has done nothing yet"
+    doing: str = _IDLE
 
 
 class StreamEvent(torch.Event):
@@ -68,6 +72,7 @@ class StreamLane:
         self._device = device
         self._stream = stream
         self._accelerator = accelerator_for(device)
+        self._ends: deque[tuple[str, torch.Event]] = deque(maxlen=_NUM_ENDS)  # of the last pieces of work, by name
 
     @property
     def stream(self) -> torch.Stream:
@@ -81,6 +86,7 @@ class StreamLane:
         with stream, self._accelerator.annotate(f"offload {self.name} {work.name}"):
             work.run()
         end = self._record(stream, work.name)
+        self._ends.append((work.name, end))
         if self.recorder and begin is not None:
             self.recorder(self.name, work.name, begin, end)
         return end
@@ -90,6 +96,11 @@ class StreamLane:
 
     def mark(self) -> torch.Event:
         return self._record(self.stream)
+
+    def unfinished(self) -> str | None:
+        """The first of the last pieces of work that is not done; None if all are. From any thread."""
+        first = next((name for name, end in list(self._ends) if not end.query()), None)
+        return None if first is None else f"{self.name} has not done {first}"
 
     def _record(self, stream: torch.Stream, name: str = "a mark") -> torch.Event:
         if self.recorder is None:
@@ -139,6 +150,10 @@ class HostLane:
     def mark(self) -> Event:
         return self.submit(Work("mark"))
 
+    def unfinished(self) -> str | None:
+        """What the worker does now; None if nothing. From any thread."""
+        return None if self._worker.doing == _IDLE else f"the worker of {self.name} {self._worker.doing}"
+
     def _run(self, work: Work, after: tuple[Event | None, ...], submitted: object) -> object:
         """Run ``work`` after ``after`` and after what the submitting thread did; returns the mark of its end."""
         if self._error is not None:
@@ -164,6 +179,8 @@ class HostLane:
         except BaseException as error:
             self._error = error
             raise
+        finally:
+            self._worker.doing = _IDLE
 
 
 def start_worker(accelerator: Accelerator, started: list[threading.Thread] | None = None) -> None:
@@ -185,3 +202,11 @@ def accelerator_lanes(device: torch.device) -> Lanes:
         host=HostLane(accelerator_for(device)),
         update=StreamLane("update", device, torch.Stream(device)),
     )
+
+
+def unfinished(lanes: Lanes) -> str:
+    """What accelerator lanes have yet to do, for whoever waits too long: the first piece of work of each."""
+    own = [lane for lane in (lanes.h2d, lanes.d2h, lanes.update, lanes.compute, lanes.host)
+           if isinstance(lane, (StreamLane, HostLane))]  # fmt: skip
+    said = [text for lane in own if (text := lane.unfinished()) is not None]
+    return ", ".join(said) or "what it waits for is none of its own work, but the model's, or another rank's"
