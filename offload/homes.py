@@ -14,6 +14,7 @@ from offload.subgroup import Subgroup
 
 DEFAULT_NUM_SLOTS = 2  # so that one slot fills while another drains, and both link directions are busy
 NUM_STAGING = 2  # so that the CPU updates one subgroup while another's gradient comes down or parameters go up
+NUM_STAGING_BESIDE_VISITS = 4  # and need not stand still while a gradient or new parameters queue behind states
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +133,28 @@ def _fill_budgets(
     budgets: Budgets,
     accelerator: Accelerator | None,
 ) -> Homes:
-    """Let as many host states visit the device as pinned memory holds, through as many slots as device memory holds."""
+    """Let as many host states visit the device as pinned memory holds, through as many slots as device memory holds.
+
+    With more staging buffers where budgets hold all of it.
+    """
+    num_staging = min(len(subgroups) - len(homes.residents), NUM_STAGING_BESIDE_VISITS)
+    if num_staging > homes.num_staging > 0:
+        wide = _fill(replace(homes, num_staging=num_staging), subgroups, on_host, budgets, accelerator)
+        bill = wide.bill(subgroups, accelerator)
+        holds = budgets.host_bytes is None or bill.host_bytes <= budgets.host_bytes
+        if wide.num_slots == homes.num_slots and not wide.host_only(subgroups) and holds:
+            return wide
+    return _fill(homes, subgroups, on_host, budgets, accelerator)
+
+
+def _fill(
+    homes: Homes,
+    subgroups: Sequence[Subgroup],
+    on_host: Sequence[Subgroup],
+    budgets: Budgets,
+    accelerator: Accelerator | None,
+) -> Homes:
+    """The same through the staging buffers of ``homes``."""
     pinned_bytes = homes.bill(subgroups, accelerator).pinned_bytes
     visitors = set(homes.visitors)
     for subgroup in on_host:
