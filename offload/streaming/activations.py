@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from offload.streaming.arena import ALIGN_BYTES
 from offload.streaming.experts import FusedExperts
 from offload.streaming.newcomers import all_tensors
+from offload.streaming.quantised import is_composite
 from offload.streaming.routing import WorstRouting
 from offload.tracing import LiveBytes, loss_of, make_fake
 
@@ -78,6 +79,11 @@ def activations(
     Raises:
         ValueError: if the model cannot be called so, or on tensors without values; with the remedy.
     """
+    if composite := [name for name, param in model.named_parameters() if is_composite(param)]:
+        raise ValueError(
+            f"{composite[0]} is quantised, and what its library takes to compute with it cannot be predicted; give "
+            f"reserve=bytes instead of an example"
+        )
     fake_of: dict[int, Tensor] = {}
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), WorstRouting():

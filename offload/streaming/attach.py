@@ -18,6 +18,7 @@ from offload.streaming.blocks import Block, collect_weights, find_blocks
 from offload.streaming.checkpoint import is_mapped, spill
 from offload.streaming.experts import Experts, find_experts
 from offload.streaming.handle import Parts, Refusal, StreamHandle, device_bytes_of
+from offload.streaming.host_memory import check_room
 from offload.streaming.newcomers import all_tensors
 from offload.streaming.packing import Packing
 from offload.streaming.piecewise import PiecewiseParameter
@@ -123,7 +124,9 @@ def stream(
     block_bytes = [packing.num_bytes for packing in packings]
     machine = None if profile is None else machine_of(profile, block_bytes)
     plan = place([block.name for block in found], block_bytes, room, machine)
-    on_disk = _on_disk([found[i] for i in plan.streamed] + mixture.as_blocks(), disk, disk_blocks)
+    units = [found[i] for i in plan.streamed] + mixture.as_blocks()
+    on_disk = _on_disk(units, disk, disk_blocks)
+    check_room(_host_bytes(units, on_disk), "streamed weights need, beyond the host memory that they have now,")
     if disk is not None:
         spill([unit for unit in on_disk if not is_mapped(unit)], disk)
     room = replace(
@@ -163,6 +166,19 @@ def _on_disk(units: Sequence[Block], disk: str | PathLike[str] | None, names: Se
     if names is not None and not all(is_mapped(unit) for unit in chosen):
         raise ValueError("disk_blocks names what lives on disk; say in which folder with disk")
     return [unit for unit in chosen if is_mapped(unit)]
+
+
+def _host_bytes(units: Sequence[Block], on_disk: Sequence[Block]) -> int:
+    """Host memory that units which are not on disk take beyond what they have, which goes back weight by weight."""
+    names = {unit.name for unit in on_disk}
+    needed_bytes = 0
+    for unit in units:
+        if unit.name in names:
+            continue
+        needed_bytes += Packing(unit.weights).num_bytes
+        if not is_mapped(unit):
+            needed_bytes -= sum(w.tensor.nbytes for w in unit.weights if w.tensor.device.type == "cpu")
+    return needed_bytes
 
 
 def _trained_share(weights: Sequence[Tensor]) -> float:
