@@ -53,7 +53,7 @@ class DeviceModule:
         return True
 
     def _lazy_init(self) -> None:
-        """Nothing is left to do. Without this, torch 2.10 takes the device for unused and its synchronize() for done."""
+        """Nothing is left to do; without it, torch 2.10 takes the device for unused and synchronize() does nothing."""
 
     def _is_in_bad_fork(self) -> bool:
         return False
