@@ -427,6 +427,7 @@ def test_everything_is_on_the_disk_before_the_index_names_it(tmp_path: Path, mon
         for file in tmp_path.rglob("*"):
             if file.is_file() and file.name != "index.json":
                 assert str(file) in synced, file
+                assert file.parent == tmp_path / "a" or file.name in names_synced[str(file.parent)], file
         assert str(tmp_path / "a") not in unsynced, "the new version's name"
         real_replace(source, target)
         unsynced.add(str(Path(target).parent))
@@ -436,9 +437,13 @@ def test_everything_is_on_the_disk_before_the_index_names_it(tmp_path: Path, mon
         unsynced.add(str(Path(path).parent))
 
     synced: set[str] = set()
+    names_synced: dict[str, list[str]] = {}
 
     def noting(descriptor: int) -> None:
-        synced.add(name_of(descriptor).replace("/.data-", "/data-"))
+        name = name_of(descriptor).replace("/.data-", "/data-")
+        synced.add(name)
+        if os.path.isdir(name_of(descriptor)):
+            names_synced[name] = os.listdir(descriptor)
         sync(descriptor)
 
     monkeypatch.setattr(os, "fsync", noting)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import offload
+from offload.conductor import let_land
 from offload.lanes.lazy import lazy_lanes
 from offload.plan import OpKind, Plan
 from offload.shrink import without_slot
@@ -330,6 +331,16 @@ def test_fork_is_refused_on_an_accelerator(sim: ModuleType) -> None:
     optimizer.runtime._process += 1  # as a fork would see it; sim itself does not live on in one
     with pytest.raises(RuntimeError, match=r"constructed in process \d+, and this is a fork of it .*'spawn'"):
         optimizer.step()
+
+
+def test_a_fork_waits_for_no_copy_of_its_parent() -> None:
+    """Its streams and its conductor are not there."""
+
+    class NotThere:
+        def __getattr__(self, name: str) -> object:
+            pytest.fail(f"asked for {name}")
+
+    let_land(os.getpid() + 1, NotThere(), [], NotThere())  # type: ignore[arg-type]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
