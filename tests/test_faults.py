@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import logging
 import os
 import subprocess
@@ -371,29 +372,45 @@ os._exit(0)
     assert said["child"].endswith(" 2") or not offload.kernels.native.load()
 
 
+@functools.cache
+def sources() -> dict[str, ast.Module]:
+    """The package, by file."""
+    root = Path(offload.__file__).parent
+    return {str(path.relative_to(root)): ast.parse(path.read_text()) for path in root.rglob("*.py")}
+
+
+def imported() -> set[str | None]:
+    nodes = [node for tree in sources().values() for node in ast.walk(tree)]
+    modules = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    return modules | {name.name for node in nodes if isinstance(node, ast.Import) for name in node.names}
+
+
+def users_of(*names: str) -> set[str]:
+    """Files that use one of these functions, written so."""
+    last = {name.split(".")[-1] for name in names}
+    return {
+        file
+        for file, tree in sources().items()
+        for node in ast.walk(tree)
+        if getattr(node, "attr", getattr(node, "id", None)) in last and ast.unparse(node) in names
+    }
+
+
 def test_no_clock_that_can_jump() -> None:
     """Durations are of monotonic clocks. A status file says when it was written, for whoever reads it elsewhere."""
-    root = Path(offload.__file__).parent
-    calls = {
-        str(path.relative_to(root))
-        for path in root.rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Attribute) and ast.unparse(node) in ("time.time", "datetime.now", "time.time_ns")
-    }
-    assert calls <= {"live.py", "cli/watch.py"}, "use time.monotonic or time.perf_counter"
+    users = users_of("time.time", "datetime.now", "time.time_ns")
+    assert users <= {"live.py", "cli/watch.py"}, "use time.monotonic or time.perf_counter"
 
 
 def test_the_package_opens_no_socket() -> None:
     """Ranks talk through torch's process groups, and `offload watch` through a file."""
-    root = Path(offload.__file__).parent
-    imported = {
-        name.name
-        for path in root.rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Import)
-        for name in node.names
-    }
-    assert not imported & {"socket", "socketserver", "http.server", "xmlrpc.server", "asyncio"}
+    assert not imported() & {"socket", "socketserver", "http.server", "xmlrpc.server", "asyncio"}
+
+
+def test_nothing_is_unpickled() -> None:
+    """Of checkpoints, or of any other file."""
+    assert not imported() & {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
+    assert not users_of("torch.load", "np.load", "numpy.load", "eval", "exec")
 
 
 RANK = """
