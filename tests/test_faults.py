@@ -302,8 +302,9 @@ def test_device_without_memory_for_every_slot(
 
 
 def test_device_without_memory_for_one_slot(sim: ModuleType) -> None:
+    model = mlp(device="sim")
     with faults.fail("allocation"), pytest.raises(torch.OutOfMemoryError):
-        make(mlp(device="sim"), "device")
+        make(model, "device")
 
 
 def test_nothing_is_allocated_or_pinned_in_steady_state(sim: ModuleType) -> None:
