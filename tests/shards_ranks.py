@@ -1,4 +1,4 @@
-"""One rank of tests/test_shards.py, on gloo and the CPU: ``python shards_ranks.py CASE FOLDER``."""
+"""One rank of tests/test_shards.py, on gloo and the CPU, started by tests/launch.py: ``FOLDER CASE ...``."""
 
 from __future__ import annotations
 
@@ -280,7 +280,3 @@ def main() -> None:
     for case in sys.argv[2:]:
         globals()[case](Path(sys.argv[1]))
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import offload
@@ -21,10 +23,9 @@ from offload.jobs import equal_subgroups
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 ELSEWHERE = {
-    "fsdp2.md": "tests/shards_ranks.py runs the same calls, in ranks",
-    "huggingface.md": "tests/integrations/test_transformers_trainer.py runs the same calls, with a model and data",
     "testing.md": "tests/testing/test_pytest_plugin.py runs its example as a project of its own",
 }
+LIBRARY = {"huggingface.md": "accelerate", "lightning.md": "lightning"}
 NAMES = [page.name for page in PAGES]
 
 
@@ -88,10 +89,31 @@ def namespace(sim: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     torch.accelerator.synchronize()
 
 
+@pytest.fixture
+def alone(sim: ModuleType) -> Iterator[None]:
+    """The only rank of a group."""
+    dist.init_process_group("sim_gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def accelerate_as_before() -> Iterator[None]:
+    """Accelerate keeps device and precision of its first use in globals."""
+    yield
+    if "accelerate" in sys.modules:
+        sys.modules["accelerate"].state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.mark.parametrize("name", [page.name for page in PAGES if blocks(page, "python")])
-def test_python_blocks_run(name: str, namespace: dict[str, Any]) -> None:
+@pytest.mark.usefixtures("accelerate_as_before")
+def test_python_blocks_run(name: str, namespace: dict[str, Any], request: pytest.FixtureRequest) -> None:
     if name in ELSEWHERE:
         pytest.skip(ELSEWHERE[name])
+    if name in LIBRARY:
+        pytest.importorskip(LIBRARY[name])
+    if name == "fsdp2.md":
+        request.getfixturevalue("alone")
     page = next(page for page in PAGES if page.name == name)
     for block in blocks(page, "python"):
         for folder in re.findall(r'from_pretrained\("([\w-]+)"', block):

@@ -50,14 +50,14 @@ def test_handler_runs_at_the_end(number: int) -> None:
 
 
 @pytest.fixture
-def interruptible() -> Iterator[None]:
-    """As Python starts, but for a process in the background of a shell."""
+def default_interrupt() -> Iterator[None]:
+    """Python's own handler, which a job that a shell runs in the background does not begin with."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.usefixtures("interruptible")
+@pytest.mark.usefixtures("default_interrupt")
 def test_second_interrupt_is_heard_at_once() -> None:
     def stuck() -> None:
         with deferred_signals():

@@ -6,6 +6,7 @@ import copy
 import gc
 import logging
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 import offload
 from offload.accelerators import Accelerator
 from offload.limits import MemoryLimit
+from offload.streaming.sources import HostSource
 from tests.streaming_models import WIDTH, Block, Model, build, poison_freed_places, tokens
 from tests.training import assert_same_bits, snapshot
 
@@ -186,8 +188,8 @@ def test_a_device_smaller_than_the_budget_leaves_the_model_whole(sim: ModuleType
 
 
 def test_host_memory_that_does_not_hold_a_block_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Refused at the third of eight blocks; those that were moved already are whole."""
-    free_bytes = iter([BLOCK_BYTES, BLOCK_BYTES, BLOCK_BYTES - 1])
+    """Refused at the third of eight blocks; those that were moved already are whole. First comes the look at all."""
+    free_bytes = iter([BLOCK_BYTES, BLOCK_BYTES, BLOCK_BYTES, BLOCK_BYTES - 1])
     limits = lambda: [MemoryLimit("the limit", 10 * BLOCK_BYTES, next(free_bytes), True, "raise it")]  # noqa: E731
     monkeypatch.setattr("offload.streaming.host_memory.host_limits", limits)
     model = build()
@@ -196,6 +198,31 @@ def test_host_memory_that_does_not_hold_a_block_is_not_taken(monkeypatch: pytest
         streamed(model)
     assert {param.device.type for param in model.parameters()} == {"cpu"}
     assert_same_bits(outputs(model, "cpu"), expected())
+
+
+def limit_host_memory(monkeypatch: pytest.MonkeyPatch, free_bytes: int) -> None:
+    limits = [MemoryLimit("the limit", 10 * free_bytes, free_bytes, True, "raise it")]
+    monkeypatch.setattr("offload.streaming.host_memory.host_limits", lambda: limits)
+
+
+@pytest.mark.parametrize("to_disk", [False, True])
+def test_host_memory_that_does_not_hold_all_blocks_is_not_touched(
+    to_disk: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that comes from the device: three blocks stay there, and five need room, or four and a file."""
+    disk = {"disk": tmp_path, "disk_blocks": ["layers.1"]} if to_disk else {}
+    needed = (4 if to_disk else 5) * BLOCK_BYTES
+    limit_host_memory(monkeypatch, needed - 1)
+    model = build().to("sim")
+    with pytest.raises(
+        offload.BudgetError, match=rf"\({needed - 1} bytes\).* streamed weights need.*\({needed} bytes\)"
+    ):
+        streamed(model, resident=["layers.0", "layers.3", "layers.6"], **disk, budget="1MiB")
+    assert {param.device.type for param in model.parameters()} == {"sim"}
+    assert not [*tmp_path.iterdir()]
+    limit_host_memory(monkeypatch, needed)
+    streamed(model, resident=["layers.0", "layers.3", "layers.6"], **disk, budget="1MiB")
+    assert_same_bits(outputs(model), expected())
 
 
 def test_the_reserve_counts_against_the_budget() -> None:
@@ -352,6 +379,19 @@ def test_a_block_that_calls_itself() -> None:
     assert_same_bits(outputs(model), expected(make))
 
 
+def count_uploads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The streamed blocks whose copies are submitted from now on, in order."""
+    uploads: list[int] = []
+    real = HostSource.fetch
+
+    def fetch(self: HostSource, layer: int, *args: Any, **kwargs: Any) -> Any:
+        uploads.append(layer)
+        return real(self, layer, *args, **kwargs)
+
+    monkeypatch.setattr(HostSource, "fetch", fetch)
+    return uploads
+
+
 @pytest.mark.parametrize(("error", "executor"), [(ValueError, "lazy"), (KeyboardInterrupt, "eager")])
 def test_an_exception_in_the_middle_of_forward_and_a_retry(
     sim: ModuleType, executor: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
@@ -370,6 +410,24 @@ def test_an_exception_in_the_middle_of_forward_and_a_retry(
             outputs(model)
     assert all(p.device.type == "cpu" for layer in model.layers for p in layer.parameters())
     assert_same_bits(outputs(model), expected())
+
+
+def test_a_failed_pass_is_not_what_the_next_is_expected_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise blocks behind the failure come unforeseen, and first ones are loaded in their places in vain."""
+
+    def fail(x: Tensor) -> Tensor:
+        raise ValueError
+
+    model = build()
+    streamed(model)
+    outputs(model, num=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(model.layers[4].down, "forward", fail)
+        with pytest.raises(ValueError):
+            outputs(model, num=1)
+    uploads = count_uploads(monkeypatch)
+    outputs(model, num=1)
+    assert uploads == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1], "each once, and the first two for the pass after"
 
 
 def test_state_is_whole_while_streaming(tmp_path: Any) -> None:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 import offload
 from tests.streaming_models import Model, build, tokens
+from tests.test_streaming_experts import FusedExperts, SeparateExperts
+from tests.test_streaming_experts import mixture as mixture_of
 from tests.test_streaming_training import loss_of
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread", "sim")
@@ -56,15 +58,39 @@ def adapted() -> Any:
     return with_lora(llama()).train()
 
 
+def mixture() -> Any:
+    """Experts whose activations are most of what a call takes, and a router that sends all tokens to the same ones."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.Qwen2MoeConfig(
+        hidden_size=32, moe_intermediate_size=2048, shared_expert_intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, vocab_size=300,
+    )  # fmt: skip
+    model = transformers.Qwen2MoeForCausalLM(config)
+    for name, param in model.named_parameters():
+        if name.endswith("mlp.gate.weight"):
+            nn.init.zeros_(param)
+    return model.requires_grad_(False).eval()
+
+
+def adapted_mixture() -> Any:
+    from tests.test_streaming_transformers import with_lora
+
+    return with_lora(mixture()).train()
+
+
 BATCH = {"input_ids": IDS, "labels": IDS}
 PROMPT = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
 CASES = {
     "call": (llama, call, BUDGET, {"example": {"input_ids": IDS, "use_cache": False}}),
     "generate": (llama, generate, BUDGET, {"example": PROMPT, "new_tokens": 6}),
     "adapters": (adapted, step, 16_000_000, {"example": BATCH}),
+    "mixture": (mixture, call, 13_000_000, {"example": {"input_ids": IDS, "use_cache": False}, "resident": 0}),
+    "adapted mixture": (adapted_mixture, step, 36_000_000, {"example": BATCH, "resident": 0}),
     "full": (lambda: llama().train(), step, 21_500_000, {"example": BATCH}),
 }
-MOSTLY_SLOW = ["generate", "full", *(pytest.param(name, marks=pytest.mark.slow) for name in ("call", "adapters"))]
+SLOW = ("call", "adapters", "adapted mixture")
+MOSTLY_SLOW = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES]
 
 
 @pytest.mark.parametrize("case", MOSTLY_SLOW)
@@ -81,6 +107,25 @@ def test_the_bill_is_what_is_used(case: str) -> None:
     used = torch.accelerator.max_memory_allocated()
     assert used <= handle.bill.device_bytes <= budget
     assert handle.bill.device_bytes <= 1.02 * used
+
+
+@pytest.mark.parametrize("make", [FusedExperts, SeparateExperts])
+def test_no_routing_of_a_mixture_takes_more(make: type) -> None:
+    def used(spread: float) -> tuple[int, int]:
+        model, ids = build(mixture_of(make)), tokens(40)
+        for layer in model.layers:
+            layer.router.weight.mul_(spread)
+        torch.accelerator.reset_peak_memory_stats()
+        handle = offload.stream(model, "1MiB", example=(ids,), verbose=False)
+        with torch.no_grad():
+            model(ids.to("sim"))
+        torch.accelerator.synchronize()
+        handle.remove()
+        return torch.accelerator.max_memory_allocated(), handle.bill.device_bytes
+
+    (spread_out, bill), (together, same_bill) = used(1.0), used(0.0)
+    assert bill == same_bill
+    assert spread_out < together <= bill <= 1.02 * together
 
 
 def test_arguments_in_order_and_the_model_is_left_alone() -> None:

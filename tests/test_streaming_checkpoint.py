@@ -14,7 +14,7 @@ import offload
 from offload.streaming.checkpoint import map_checkpoint, map_file
 from offload.streaming.host_memory import RING_LENGTH
 from tests.streaming_models import Model, build, poison_freed_places
-from tests.test_streaming import BLOCK_BYTES, EXECUTORS, SMALL, expected, outputs, streamed
+from tests.test_streaming import BLOCK_BYTES, EXECUTORS, SMALL, expected, limit_host_memory, outputs, streamed
 from tests.training import assert_same_bits, snapshot
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
@@ -68,6 +68,21 @@ def test_a_checkpoint_is_streamed_from_its_files(sim: ModuleType, executor: str,
     assert_same_bits(outputs(model), expected())
     assert_same_bits(snapshot(model), snapshot(build()))
     handle.synchronize()
+
+
+def test_some_blocks_of_a_checkpoint_in_host_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_shards(tmp_path)
+    kwargs = {"make": Model, "reserve": 0, "verbose": False, "disk_blocks": ["layers.1", "layers.6"]}
+    with monkeypatch.context() as patch:
+        limit_host_memory(patch, 5 * BLOCK_BYTES)
+        with pytest.raises(offload.BudgetError, match="streamed weights need"):
+            offload.stream_from_pretrained(tmp_path, SMALL, **kwargs)
+    model, handle = offload.stream_from_pretrained(tmp_path, SMALL, **kwargs)
+    assert 6 * BLOCK_BYTES < handle.bill.host_bytes < (6 + 2 * 1.2) * BLOCK_BYTES + 8 * 4096, "and a ring for two"
+    assert_same_bits(outputs(model), expected())
+    handle.synchronize()
+    with pytest.raises(ValueError, match="say in which folder"):
+        streamed(build(), disk_blocks=["layers.1"])
 
 
 def test_changes_of_mapped_weights_are_seen_and_not_written(tmp_path: Path) -> None:

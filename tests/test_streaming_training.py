@@ -19,7 +19,7 @@ from offload.streaming.blocks import NamedTensor
 from offload.streaming.gradients import StreamedGradients
 from offload.streaming.packing import PackedLayer, Packing
 from tests.streaming_models import VOCAB, Block, Model, build, poison_freed_places, tokens
-from tests.test_streaming import BASE_BYTES, BLOCK_BYTES, EXECUTORS, SMALL, add_adapters, streamed
+from tests.test_streaming import BASE_BYTES, BLOCK_BYTES, EXECUTORS, SMALL, add_adapters, limit_host_memory, streamed
 from tests.training import assert_same_bits, snapshot
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -129,6 +129,21 @@ def test_gradients_of_two_layers_at_most_are_on_their_way() -> None:
     assert lane.waited == [0, 1, 2, 3], "of six, all but the last two"
     assert gradients.end_backward()
     assert all(torch.equal(weight.grad, torch.full((128,), 2.0)) for weight in weights)
+
+
+def test_host_memory_that_does_not_hold_the_gradients_is_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build()
+    handle = streamed(model)
+    host_bytes = handle.bill.host_bytes
+    with monkeypatch.context() as patch:
+        limit_host_memory(patch, 8 * BLOCK_BYTES - 1)
+        with pytest.raises(
+            offload.BudgetError, match=rf"gradients of streamed weights need .*\({8 * BLOCK_BYTES} bytes"
+        ):
+            loss_of(model, 0)
+    assert handle.bill.host_bytes == host_bytes
+    loss_of(model, 0).backward()
+    assert_same_bits(gradients(model), reference_gradients())
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)

@@ -1,6 +1,8 @@
 // What the device needs of Python: not to hold its lock while waiting, and to know where an operation came from.
 #pragma once
 #include <Python.h>
+// After Python.h; Python 3.10 declares PyFrame_GetBack here.
+#include <frameobject.h>
 
 #include "names.h"
 

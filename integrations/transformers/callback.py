@@ -10,8 +10,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 import offload
 from offload.module_waits import ModuleWaits
 from offload.optimizer import OffloadedOptimizer
-from offload.plan import Placement
 
+from ..figures import figures_of
 from .optimizer import find_optimizer
 
 logger = logging.getLogger("offload")
@@ -66,7 +66,7 @@ class OffloadCallback(TrainerCallback):
         """Add figures to what Trainer logs: to its history, and for the callbacks that come after this one."""
         if self._optimizer is None or self.monitor is None:
             return
-        figures = {**_memory(self.monitor), **_updates(self._optimizer)}
+        figures = figures_of(self.monitor, self._optimizer)
         if logs is not None:
             logs.update(figures)
         if state.log_history:
@@ -87,19 +87,3 @@ class OffloadCallback(TrainerCallback):
         if self._waits is not None:
             self._waits.remove()
         self._optimizer = self._waits = None
-
-
-def _memory(monitor: offload.MemoryMonitor) -> dict[str, int]:
-    figures = {}
-    for phase, seen in monitor.profile().items():
-        if seen.peak_allocated_bytes is not None:
-            figures[f"offload_{phase.value}_peak_bytes"] = seen.peak_allocated_bytes
-        elif seen.rss_bytes is not None:
-            figures[f"offload_{phase.value}_rss_bytes"] = seen.rss_bytes
-    return figures
-
-
-def _updates(optimizer: OffloadedOptimizer) -> dict[str, int]:
-    placements = optimizer.plan.placements.values()
-    on_device = sum(placement is not Placement.HOST for placement in placements)
-    return {"offload_updates_on_device": on_device, "offload_num_subgroups": len(placements)}

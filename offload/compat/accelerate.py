@@ -100,6 +100,12 @@ def remove(model: nn.Module) -> None:
     handle.remove()
 
 
+def remove_hook_from_submodules(module: nn.Module) -> None:
+    """accelerate's name for :func:`remove`; as there, a model that was not offloaded is left as it is."""
+    if _HANDLE in module.__dict__:
+        remove(module)
+
+
 def _current() -> str:
     found = torch.accelerator.current_accelerator()
     return "cpu" if found is None else found.type

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -15,7 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from offload.streaming.arena import ALIGN_BYTES
+from offload.streaming.experts import FusedExperts
 from offload.streaming.newcomers import all_tensors
+from offload.streaming.quantised import is_composite
+from offload.streaming.routing import WorstRouting
 from offload.tracing import LiveBytes, loss_of, make_fake
 
 _MARGIN = 1.02  # for what libraries make around a call, and kernels inside an operation
@@ -59,19 +63,35 @@ class Taken:
     last_bytes: int
 
 
-def activations(model: nn.Module, device: torch.device, workload: Workload, passing: Collection[Tensor]) -> Taken:
-    """What calls take, as the device's allocator counts.
+def activations(
+    model: nn.Module,
+    device: torch.device,
+    workload: Workload,
+    passing: Collection[Tensor],
+    fused: Sequence[FusedExperts] = (),
+) -> Taken:
+    """What calls take, as the device's allocator counts; of a mixture, where all tokens go to the same experts.
 
     Args:
         passing: weights whose gradients leave the device as soon as backward has them.
+        fused: experts that will be streamed one by one.
 
     Raises:
         ValueError: if the model cannot be called so, or on tensors without values; with the remedy.
     """
+    if composite := [name for name, param in model.named_parameters() if is_composite(param)]:
+        raise ValueError(
+            f"{composite[0]} is quantised, and what its library takes to compute with it cannot be predicted; give "
+            f"reserve=bytes instead of an example"
+        )
     fake_of: dict[int, Tensor] = {}
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with FakeTensorMode(allow_non_fake_inputs=True), WorstRouting():
             shadow = _shadow(model, device, fake_of)
+            for experts in fused:
+                module = shadow.get_submodule(experts.name)
+                if "forward" not in module.__dict__:
+                    module.forward = functools.partial(experts.loop, module)
             for tensor in passing:
                 _drop_gradient(fake_of[id(tensor)])
             with LiveBytes(align_bytes=ALIGN_BYTES) as live:

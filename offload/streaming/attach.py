@@ -18,8 +18,10 @@ from offload.streaming.blocks import Block, collect_weights, find_blocks
 from offload.streaming.checkpoint import is_mapped, spill
 from offload.streaming.experts import Experts, find_experts
 from offload.streaming.handle import Parts, Refusal, StreamHandle, device_bytes_of
+from offload.streaming.host_memory import check_room
 from offload.streaming.newcomers import all_tensors
 from offload.streaming.packing import Packing
+from offload.streaming.piecewise import PiecewiseParameter
 from offload.streaming.placement import Room, StreamPlan, place
 from offload.streaming.prediction import Machine
 
@@ -69,11 +71,12 @@ def stream(
             takes, or an eighth of the budget where there is none.
         example: arguments of the largest call that will be made, by name or in order; their shapes and dtypes count.
             What the call takes, with its backward if the model is in training mode and has trainable weights, is found
-            by making it without memory, before anything is moved.
+            by making it without memory, before anything is moved; of a mixture, with all tokens going to the same
+            experts.
         new_tokens: most tokens that ``generate()`` adds to those of ``example``.
         disk: keep streamed weights in files of this folder instead of host memory, and read them ahead into a pinned
-            ring of a few blocks. Weights that are mapped from a checkpoint there already stay in its files.
-        disk_blocks: names of blocks that ``disk`` is for, the others staying in host memory; None for all.
+            ring of a few blocks. Weights that ``stream_from_pretrained`` mapped stay in the checkpoint's files.
+        disk_blocks: names of blocks that live in files, the others in host memory; None for all that can.
         profile: the machine to predict passes for; None measures the link and predicts that alone.
         progress: show a progress bar over the blocks of each pass, or of all passes of a ``generate()``, with the time
             to go (needs tqdm).
@@ -97,11 +100,12 @@ def stream(
     found = collect_weights(model, modules, without=mixture.tensors())
     if not found and not mixture:
         raise ValueError("no block has weights of its own to stream; name others with blocks=[...]")
+    _refuse_piecewise(model, mixture)
     packings = [Packing(block.weights) for block in found]
     visiting = {id(weight.tensor) for block in found for weight in block.weights} | {id(t) for t in mixture.tensors()}
     base = [tensor for tensor in all_tensors(model) if id(tensor) not in visiting]
     weights = [weight.tensor for block in (*found, *mixture.separate) for weight in block.weights]
-    taken = None if workload is None else activations(model, accelerator.device, workload, passing=weights)
+    taken = None if workload is None else activations(model, accelerator.device, workload, weights, mixture.fused)
     if reserve_bytes is None:
         reserve_bytes = budget_bytes // _RESERVE_SHARE if taken is None else taken.peak_bytes
     room = Room(
@@ -120,7 +124,9 @@ def stream(
     block_bytes = [packing.num_bytes for packing in packings]
     machine = None if profile is None else machine_of(profile, block_bytes)
     plan = place([block.name for block in found], block_bytes, room, machine)
-    on_disk = _on_disk([found[i] for i in plan.streamed] + mixture.as_blocks(), disk, disk_blocks)
+    units = [found[i] for i in plan.streamed] + mixture.as_blocks()
+    on_disk = _on_disk(units, disk, disk_blocks)
+    check_room(_host_bytes(units, on_disk), "streamed weights need, beyond the host memory that they have now,")
     if disk is not None:
         spill([unit for unit in on_disk if not is_mapped(unit)], disk)
     room = replace(
@@ -133,7 +139,8 @@ def stream(
         handle = StreamHandle(parts, accelerator, progress=progress)
     except BaseException:  # out of memory; each weight was moved as a whole or not at all
         for tensor in all_tensors(model):
-            tensor.data = tensor.data.to("cpu")
+            if not isinstance(tensor, PiecewiseParameter):
+                tensor.data = tensor.data.to("cpu")
         raise
     handle.machine = handle.measure_link() if machine is None else machine
     if verbose:
@@ -152,12 +159,26 @@ def _workload(model: nn.Module, example: Example | None, new_tokens: int, reserv
 
 
 def _on_disk(units: Sequence[Block], disk: str | PathLike[str] | None, names: Sequence[str] | None) -> list[Block]:
-    """The streamed blocks and experts that live in files."""
-    if disk is None:
-        if names is not None:
-            raise ValueError("disk_blocks names what lives on disk; say in which folder with disk")
-        return []
-    return [unit for unit in units if names is None or unit.name in names]
+    """The streamed blocks and experts that live in files: in those they are mapped from, or else in ``disk``."""
+    chosen = [unit for unit in units if unit.is_piecewise or names is None or unit.name in names]
+    if disk is not None:
+        return chosen
+    if names is not None and not all(is_mapped(unit) for unit in chosen):
+        raise ValueError("disk_blocks names what lives on disk; say in which folder with disk")
+    return [unit for unit in chosen if is_mapped(unit)]
+
+
+def _host_bytes(units: Sequence[Block], on_disk: Sequence[Block]) -> int:
+    """Host memory that units which are not on disk take beyond what they have, which goes back weight by weight."""
+    names = {unit.name for unit in on_disk}
+    needed_bytes = 0
+    for unit in units:
+        if unit.name in names:
+            continue
+        needed_bytes += Packing(unit.weights).num_bytes
+        if not is_mapped(unit):
+            needed_bytes -= sum(w.tensor.nbytes for w in unit.weights if w.tensor.device.type == "cpu")
+    return needed_bytes
 
 
 def _trained_share(weights: Sequence[Tensor]) -> float:
@@ -206,10 +227,22 @@ def _refuse_hooked(model: nn.Module) -> None:
         if isinstance(module.__dict__.get("_apply"), Refusal):
             raise ValueError(f"module {name or 'model'!r} streams already; call remove() on its handle first")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.device.type == "meta":
+        if tensor.device.type == "meta" and not isinstance(tensor, PiecewiseParameter):
             raise ValueError(
                 f"{name} is on the meta device and has no values; load the model's weights first, or use "
                 f"offload.stream_from_pretrained for a checkpoint that does not fit host memory"
+            )
+
+
+def _refuse_piecewise(model: nn.Module, mixture: Experts) -> None:
+    """Experts in files that name each of them can only be loaded one by one."""
+    streamed = {id(tensor) for tensor in mixture.tensors()}
+    for name, param in model.named_parameters():
+        if isinstance(param, PiecewiseParameter) and id(param) not in streamed:
+            raise ValueError(
+                f"the checkpoint has {name} in pieces, an expert each, so they can only be loaded one by one, which "
+                f"needs experts other than None, the experts inside a block, and frozen, and a module that is called "
+                f"with (hidden_states, top_k_index, top_k_weights); or load the model and give a folder: disk="
             )
 
 

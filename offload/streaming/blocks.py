@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from offload.streaming.piecewise import PiecewiseParameter
+from offload.streaming.quantised import is_composite, plain_parts
+
 # Integer tensors of two dimensions and more are quantised weights: as buffers they are streamed as parameters are.
 QUANTISED_DTYPES = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32})
 
@@ -34,6 +37,11 @@ class Block:
     name: str
     module: nn.Module
     weights: tuple[NamedTensor, ...]
+
+    @property
+    def is_piecewise(self) -> bool:
+        """Whether files hold it in pieces that no tensor in memory could show."""
+        return any(isinstance(weight.tensor, PiecewiseParameter) for weight in self.weights)
 
 
 def find_blocks(model: nn.Module, blocks: Sequence[str | nn.Module] | None = None) -> list[tuple[str, nn.Module]]:
@@ -120,26 +128,30 @@ def collect_weights(
     """Each block with what is streamed of it, ``without`` those of its weights that go another way.
 
     Raises:
-        TypeError: for a weight whose bytes are not those of a plain dense tensor.
+        TypeError: for a weight whose bytes are not those of plain dense tensors, or quantised and trained.
         ValueError: for trainable weights of a block that overlap in memory without being one parameter.
     """
-    uses = Counter(id(tensor) for _, tensor in _all_tensors(model, remove_duplicate=False))
+    uses = _uses(model)
     elsewhere = {id(tensor) for tensor in without}
     result = []
     for name, module in found:
         trainable = [p.requires_grad for p in module.parameters()]
         # Trainable weights beside frozen ones are adapters (LoRA): small, and read by the optimizer at every step.
         is_adapted = any(trainable) and not all(trainable)
-        inner_uses = Counter(id(tensor) for _, tensor in _all_tensors(module, remove_duplicate=False))
+        inner_uses = _uses(module)
         weights = []
         for tensor_name, tensor in _all_tensors(module, remove_duplicate=True):
             full_name = f"{name}.{tensor_name}" if name else tensor_name
-            is_shared = uses[id(tensor)] > inner_uses[id(tensor)]
             is_adapter = is_adapted and tensor.requires_grad
-            if id(tensor) in elsewhere or is_shared or is_adapter or not _is_streamable(tensor):
+            _check_quantised(full_name, tensor)
+            if is_adapter or not _is_streamable(tensor):
                 continue
-            _check_plain(full_name, tensor)
-            weights.append(NamedTensor(full_name, tensor))
+            for part_name, part in plain_parts(full_name, tensor):
+                is_shared = uses[id(part)] > inner_uses[id(part)]
+                if id(part) in elsewhere or is_shared or part.numel() == 0:
+                    continue
+                _check_plain(part_name, part)
+                weights.append(NamedTensor(part_name, part))
         if weights:
             result.append(Block(name, module, tuple(weights)))
     _check_overlaps(result)
@@ -151,10 +163,29 @@ def _all_tensors(module: nn.Module, *, remove_duplicate: bool) -> Iterator[tuple
     yield from module.named_buffers(remove_duplicate=remove_duplicate)
 
 
+def _uses(module: nn.Module) -> Counter[int]:
+    """How often each plain tensor is a parameter or buffer, or part of one, by its id."""
+    tensors = _all_tensors(module, remove_duplicate=False)
+    return Counter(id(part) for name, tensor in tensors for _, part in plain_parts(name, tensor))
+
+
 def _is_streamable(tensor: Tensor) -> bool:
     if tensor.numel() == 0:
         return False
     return isinstance(tensor, nn.Parameter) or (tensor.ndim >= 2 and tensor.dtype in QUANTISED_DTYPES)
+
+
+def _check_quantised(name: str, tensor: Tensor) -> None:
+    if hasattr(tensor, "SCB"):
+        raise TypeError(
+            f"{name} is a {type(tensor).__name__} of bitsandbytes' 8-bit layers, which keep what they compute from it "
+            f"from call to call, on one device; quantise to 4 bits, or with torchao"
+        )
+    if tensor.requires_grad and is_composite(tensor):
+        raise TypeError(
+            f"{name} is a {type(tensor).__name__}, made of several tensors, and is trained: no gradient of its own "
+            f"could be brought to it; freeze it, or keep its block on the device by leaving it out of blocks"
+        )
 
 
 def _check_plain(name: str, tensor: Tensor) -> None:

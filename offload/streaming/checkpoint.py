@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from offload.streaming.blocks import Block
+from offload.streaming.piecewise import PiecewiseParameter
 from offload.tensor_file import Place, read_header
 
 _INDEX = "model.safetensors.index.json"
@@ -104,7 +105,10 @@ def spill(blocks: Iterable[Block], folder: str | PathLike[str]) -> None:
 
 def is_mapped(block: Block) -> bool:
     """Whether all weights of ``block`` lie in files mapped here."""
-    return all(weight.tensor.untyped_storage().data_ptr() in _mapped for weight in block.weights)
+    return all(
+        isinstance(weight.tensor, PiecewiseParameter) or weight.tensor.untyped_storage().data_ptr() in _mapped
+        for weight in block.weights
+    )
 
 
 def common_dtype(tensors: Sequence[Tensor]) -> torch.dtype:

@@ -22,6 +22,7 @@ from offload.streaming.blocks import Block, NamedTensor, collect_weights
 from offload.streaming.expert_cache import ExpertCache
 from offload.streaming.host_memory import HostMemory
 from offload.streaming.packing import PackedLayer, Packing
+from offload.streaming.piecewise import PiecewiseParameter, pieces_of
 from offload.streaming.streamer import Streamer
 from offload.streaming.visits import Visits
 from offload.streaming.wrapping import ReplacedForward, untraced
@@ -46,6 +47,12 @@ class FusedExperts:
     @property
     def num_experts(self) -> int:
         return len(self.params[0])
+
+    @property
+    def loop(self) -> Callable[..., Any]:
+        """The loop over experts that its class has, a function of the module and its arguments."""
+        loop: Callable[..., Any] = inspect.unwrap(type(self.module).forward)
+        return loop
 
     def weights_of(self, expert: int) -> list[NamedTensor]:
         """Its part of every parameter, as views."""
@@ -105,14 +112,14 @@ def find_experts(model: nn.Module, blocks: Sequence[tuple[str, nn.Module]]) -> E
                 continue
             if inner_name.rpartition(".")[2] == _LIST_NAME and isinstance(module, nn.ModuleList) and len(module) > 1:
                 separate += [(f"{inner_name}.{name}", child) for name, child in module.named_children()]
-            elif names := _fused_names(module):
+            elif names := fused_names(module):
                 params = tuple(module.get_parameter(name) for name in names)
                 if not any(param.requires_grad or uses[id(param)] > 1 for param in params):
                     fused.append(FusedExperts(inner_name, module, names, params))
     return Experts(tuple(collect_weights(model, separate)), tuple(fused))
 
 
-def _fused_names(module: nn.Module) -> tuple[str, ...]:
+def fused_names(module: nn.Module) -> tuple[str, ...]:
     """The parameters that hold one part for each expert; none if ``module`` is not of transformers' kind."""
     num_experts = getattr(module, "num_experts", None)
     loop = inspect.unwrap(type(module).forward)
@@ -126,13 +133,18 @@ class ExpertSlice(PackedLayer):
 
     def __init__(self, fused: FusedExperts, expert: int, packing: Packing, *, is_pinned: bool) -> None:
         params = [NamedTensor(name, param) for name, param in zip(fused.names, fused.params, strict=True)]
-        super().__init__(params, packing, [w.tensor for w in fused.weights_of(expert)], None, is_pinned)
+        super().__init__(params, packing, [], None, is_pinned)
+        self._parts = [pieces_of(param, expert) for param in fused.params]
 
     def pinned(self) -> list[tuple[int, Tensor]] | None:
         if not self._is_pinned:
             return None
-        pieces = [part.view(torch.uint8).flatten() for part in self.at_rest]
+        pieces = [piece.view(torch.uint8).flatten() for (piece,) in self._parts]
         return [(place.offset_bytes, piece) for place, piece in zip(self.packing.places, pieces, strict=True)]
+
+    def read_into(self, stage: Tensor) -> None:
+        for view, pieces in zip(self.packing.views(stage), self._parts, strict=True):
+            torch.cat([*pieces], out=view)
 
     def show_device(self, arena: Tensor, offset: int) -> None:
         self._versions = [view._version for view in self._views_at(arena, offset)]
@@ -203,13 +215,26 @@ class FusedForward:
             return self._run(self._streamer, hidden_states, top_k_index, top_k_weights)
 
         self._replaced = ReplacedForward(fused.module, untraced(forward))
-        loop = inspect.unwrap(type(fused.module).forward)
-        self._loop: Callable[..., Any] = original if self._replaced.had_own else functools.partial(loop, fused.module)
+        loop = functools.partial(fused.loop, fused.module)
+        self._loop: Callable[..., Any] = original if self._replaced.had_own else loop
+        fill_state = functools.partial(self._fill_state)  # hooks take attributes, which methods do not
+        self._state_hook = fused.module.register_state_dict_post_hook(fill_state)  # type: ignore[no-untyped-call]
 
     def remove(self) -> None:
         """Forward is as before. If another wrapper was put around this one since, this one stays and does nothing."""
         self._streamer = None
         self._replaced.remove()
+        self._state_hook.remove()
+        for name, param in self._piecewise():
+            self._module._parameters[name] = nn.Parameter(param.assembled(), requires_grad=False)
+
+    def _piecewise(self) -> list[tuple[str, PiecewiseParameter]]:
+        params = ((name, self._module._parameters.get(name)) for name in self._fused.names)
+        return [(name, param) for name, param in params if isinstance(param, PiecewiseParameter)]
+
+    def _fill_state(self, module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
+        """What a state_dict() holds are values."""
+        state.update((prefix + name, param.assembled()) for name, param in self._piecewise())
 
     def _is_replaced(self) -> bool:
         """Other parameters were registered since: those stay on the device, and nothing stands in for them."""
@@ -222,6 +247,12 @@ class FusedForward:
                 f"experts of {self._fused.name!r} were frozen when the model was streamed and are trained now; call "
                 f"remove() and stream again, and they stream with their block"
             )
+        for name, param in self._piecewise():
+            if param.was_written():
+                raise RuntimeError(
+                    f"{self._fused.name}.{name} was written to, and its values stay those of the checkpoint's files, "
+                    f"where each expert is apart: save the model as it should be, and stream that"
+                )
         routed = sorted({expert for expert in args[1].flatten().tolist() if 0 <= expert < self._fused.num_experts})
         self._cache.route([self._first + expert for expert in routed])
         visit = _Visit(self._fused, self._first, streamer.visits)

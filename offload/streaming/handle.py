@@ -19,13 +19,14 @@ from offload.streaming.engine import Engine, Loader
 from offload.streaming.expert_cache import BlocksAndExperts, ExpertCache
 from offload.streaming.experts import Experts, FusedExperts, FusedForward, expert_layers
 from offload.streaming.gradients import StreamedGradients
-from offload.streaming.host_memory import HostMemory
+from offload.streaming.host_memory import HostMemory, check_room
 from offload.streaming.newcomers import Newcomers
 from offload.streaming.order import CallOrder
 from offload.streaming.packing import PackedLayer, Packing
 from offload.streaming.placement import Room, StreamBill, StreamPlan
 from offload.streaming.prediction import Machine, PassPrediction
 from offload.streaming.progress import Progress, WatchedGenerate
+from offload.streaming.quantised import plain_parts
 from offload.streaming.sources import HostSource
 from offload.streaming.streamer import Streamer
 from offload.streaming.wrapping import WrappedForward
@@ -107,6 +108,7 @@ class StreamHandle:
             for i in plan.streamed
         ]
         self._layers += expert_layers(parts.experts, host, parts.mapped)
+        self._streamed = {id(tensor) for layer in self._layers for tensor in layer.tensors}
         for i in plan.resident:
             _move_packed(blocks[i], packings[i], self._device)
         for tensor in self._base:
@@ -188,6 +190,8 @@ class StreamHandle:
             return
         if gradients is not None:
             gradients.remove()
+        trained = [layer for layer in self._layers if any(tensor.requires_grad for tensor in layer.tensors)]
+        check_room(sum(layer.num_bytes for layer in trained), "gradients of streamed weights need")
         host = HostMemory(self._accelerator)
         self._streamer.backward.gradients = StreamedGradients(
             self._layers, self._lanes, lambda num_bytes: host.slab(num_bytes)[0], self._streamer.backward.open
@@ -203,14 +207,15 @@ class StreamHandle:
 
         An optimizer over these runs on the CPU; one over :meth:`device_parameters` on the device.
         """
-        streamed = {id(tensor) for layer in self._layers for tensor in layer.tensors}
-        return [param for param in self._model.parameters() if id(param) in streamed]
+        return [param for param in self._model.parameters() if self._is_streamed(param)]
 
     def device_parameters(self) -> list[nn.Parameter]:
         """The model's parameters that stay on the device, adapters that joined since the last call included."""
         self._adopt_newcomers()
-        streamed = {id(tensor) for layer in self._layers for tensor in layer.tensors}
-        return [param for param in self._model.parameters() if id(param) not in streamed]
+        return [param for param in self._model.parameters() if not self._is_streamed(param)]
+
+    def _is_streamed(self, param: nn.Parameter) -> bool:
+        return any(id(part) in self._streamed for _, part in plain_parts("", param))
 
     def _adopt_newcomers(self) -> None:
         """Weights that joined the model since the last pass stay on the device."""

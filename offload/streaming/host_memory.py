@@ -20,6 +20,21 @@ logger = logging.getLogger("offload")
 RING_LENGTH = 3  # buffers: one is read into, one waits, one goes up
 
 
+def check_room(num_bytes: int, use: str) -> None:
+    """Raise BudgetError if the machine, a control group or a resource limit does not hold that much host memory.
+
+    Args:
+        use: what would take it, to be followed by how much.
+    """
+    for limit in host_limits():
+        if num_bytes > limit.free_bytes:
+            raise BudgetError(
+                f"{limit.name} leaves {format_bytes(limit.free_bytes)} ({limit.free_bytes} bytes) of "
+                f"{format_bytes(limit.total_bytes)}, but {use} {format_bytes(num_bytes)} ({num_bytes} bytes): "
+                f"{limit.remedy}, or leave weights in files (disk=, stream_from_pretrained)"
+            )
+
+
 class HostMemory:
     """Allocates slabs, pinned for as long as the system allows it."""
 
@@ -35,13 +50,7 @@ class HostMemory:
         Raises:
             BudgetError: before it is allocated, if the machine, a control group or a resource limit does not hold it.
         """
-        for limit in host_limits():
-            if num_bytes > limit.free_bytes:
-                raise BudgetError(
-                    f"{limit.name} leaves {format_bytes(limit.free_bytes)} ({limit.free_bytes} bytes) of "
-                    f"{format_bytes(limit.total_bytes)}, but the next block of weights needs {format_bytes(num_bytes)} "
-                    f"({num_bytes} bytes): {limit.remedy}, or leave weights in files (disk=, stream_from_pretrained)"
-                )
+        check_room(num_bytes, "the next block of weights needs")
         pinned = self._pinned(num_bytes)
         slab = torch.empty(num_bytes, dtype=torch.uint8) if pinned is None else pinned
         self.num_bytes += slab.nbytes

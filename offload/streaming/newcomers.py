@@ -13,6 +13,8 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
+from offload.streaming.quantised import plain_parts
+
 
 class Newcomers:
     """Notices that something was registered on any module, and then finds what is new in ours.
@@ -58,10 +60,10 @@ def _remove(handles: list[Any]) -> None:
 
 
 def all_tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Every parameter and buffer, each once."""
-    yield from model.parameters()
+    """The plain tensors that all parameters and buffers are, or are made of, each once."""
     seen: set[int] = set()
-    for buffer in model.buffers():
-        if id(buffer) not in seen:
-            seen.add(id(buffer))
-            yield buffer
+    for tensor in (*model.parameters(), *model.buffers()):
+        for _, part in plain_parts("", tensor):
+            if id(part) not in seen:
+                seen.add(id(part))
+                yield part

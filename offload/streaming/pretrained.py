@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from os import PathLike
@@ -15,7 +16,10 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from offload.streaming.attach import stream
 from offload.streaming.checkpoint import common_dtype, map_checkpoint
+from offload.streaming.conversion import as_named_by
+from offload.streaming.experts import fused_names
 from offload.streaming.handle import StreamHandle
+from offload.streaming.piecewise import PiecewiseParameter
 
 
 def stream_from_pretrained(
@@ -29,6 +33,10 @@ def stream_from_pretrained(
 
     Streamed weights are mapped from the checkpoint's files and read ahead into a small pinned ring; what stays on the
     device is copied there once. So neither device nor host memory need hold the model.
+
+    Checkpoints of transformers' models are read by transformers' own mapping of names. Experts that it would merge into
+    one tensor stay as they are in the files, and are read when a token is routed to them. A model with such experts
+    comes frozen.
 
     Args:
         path: a safetensors file, or a folder with one, or with shards and their index.
@@ -47,9 +55,11 @@ def stream_from_pretrained(
     tensors = map_checkpoint(path)
     with _parameters_on_meta():
         model = _from_config(Path(path), common_dtype([*tensors.values()])) if make is None else make()
-    _assign(model, tensors)
+    _assign(model, as_named_by(model, tensors))
+    if any(fused_names(module) for module in model.modules()):
+        model.requires_grad_(False)
     model.eval()
-    return model, stream(model, device_budget, disk=path, **kwargs)
+    return model, stream(model, device_budget, **kwargs)
 
 
 @contextmanager
@@ -87,11 +97,20 @@ def _from_config(folder: Path, dtype: torch.dtype) -> nn.Module:
 
 def _assign(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Let the model's parameters and buffers be those of the checkpoint."""
-    unexpected = model.load_state_dict(tensors, strict=False, assign=True).unexpected_keys
+    try:
+        unexpected = model.load_state_dict(tensors, strict=False, assign=True).unexpected_keys
+    except RuntimeError as error:  # of shapes
+        raise ValueError(f"checkpoint and model differ: {error}") from None
+    ignored = "|".join(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+    unexpected = [name for name in unexpected if not (ignored and re.search(ignored, name))]
     tie: Any = getattr(model, "tie_weights", None)
     if tie is not None:
         tie()
-    left = [name for name, param in model.named_parameters() if param.device.type == "meta"]
+    left = [
+        name
+        for name, param in model.named_parameters()
+        if param.device.type == "meta" and not isinstance(param, PiecewiseParameter)
+    ]
     if left or unexpected:
         raise ValueError(
             f"checkpoint and model differ: {len(left)} weights of the model are missing, first {left[:3]}; "
