@@ -3,10 +3,8 @@
 Run: python -m bench.deepspeed [--quick] [--json FILE] [--profile NAME] [--tokens N]. Needs DeepSpeed.
 
 The device is emulated and its clock virtual: copies, kernels and launches take what the profile says. So does the
-host's work, which is charged at the profile's rates for everyone: updates, and each pass of DeepSpeed's over gradients
-or masters by the bytes that it touches. The plugin's CPU updates run beside copies, so they are charged what copies
-leave of host memory, at the rate at which they went on average in the update before. DeepSpeed's run beside none, and
-its copies from pageable memory are as fast as others.
+host's work, at the profile's rates for everyone: updates, and each pass of DeepSpeed's over gradients or masters. All
+share the bandwidth of host memory with the copies. DeepSpeed's copies from pageable memory are as fast as others.
 
 The model is a miniature: fixed costs (launches, copy latencies) are scaled by its size over that of a model of
 7 billion parameters, and the device's rate of arithmetic by the tokens of its step over those of ``--tokens``.
@@ -18,8 +16,8 @@ import argparse
 import gc
 import json
 import logging
-import re
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,15 +28,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from offload.accelerators.sim import SimAccelerator
 from offload.hardware import HardwareProfile
 from offload.kernels import AdamScalars, adam_step
 from offload.testing import sim
 
 PROFILE = "h100-sxm-16-cores"
 FULL_NUMEL = 7e9  # what the miniature stands for
-STATE_BYTES = 28  # that one fused update reads and writes in host memory, a parameter
-UNSCALE_BYTES = 8  # DeepSpeed's pass over an fp32 gradient: read and written
+# What DeepSpeed's passes read and write in host memory, a parameter.
+UPDATE_BYTES = 28  # three states, and an fp32 gradient that is only read
+UNSCALE_BYTES = 8  # an fp32 gradient
+DOWNCAST_BYTES = 6  # an fp32 master to 16 bits
 CLIP = 1.0
 
 
@@ -55,8 +54,8 @@ class Size:
     full_tokens: int = 2048  # that the step of the model it stands for has on each device
 
 
-QUICK = Size(width=128, num_layers=6, tokens=64, sub_group_size=70_000, num_warm_up=6, num_steps=4)
-FULL = Size(width=384, num_layers=16, tokens=256, sub_group_size=10**6, num_warm_up=16, num_steps=5)
+QUICK = Size(width=128, num_layers=6, tokens=64, sub_group_size=70_000, num_warm_up=20, num_steps=16)
+FULL = Size(width=384, num_layers=16, tokens=256, sub_group_size=10**6, num_warm_up=20, num_steps=16)
 
 
 class Block(nn.Module):
@@ -87,66 +86,36 @@ class Miniature(nn.Module):
 # ---- what the host's work costs
 
 
-@dataclass(frozen=True, slots=True)
-class HostRates:
-    """Seconds a parameter of the host's passes over states and gradients."""
-
-    update_s: float
-    unscale_s: float
-    downcast_s: float
-    dram_bytes_per_s: float
-
-    @classmethod
-    def of(cls, profile: HardwareProfile) -> HostRates:
-        return cls(
-            update_s=1 / profile.host_update_params_per_s,
-            unscale_s=UNSCALE_BYTES / profile.host_dram_bytes_per_s,
-            # The conversion alone: the copy behind it is the device's to charge.
-            downcast_s=max(0.0, 1 / profile.blocking_downcast_params_per_s - 2 / profile.both_bytes_per_s),
-            dram_bytes_per_s=profile.host_dram_bytes_per_s,
-        )
-
-    def update_beside_s(self, copied_bytes_per_s: float) -> float:
-        """Of an update while copies take ``copied_bytes_per_s`` of host memory, which is all but a tenth at most."""
-        left = max(self.dram_bytes_per_s - copied_bytes_per_s, self.dram_bytes_per_s / 10)
-        return max(self.update_s, STATE_BYTES / left)
-
-
 @contextmanager
-def charged(
-    rates: HostRates, numel_of: Callable[[int], int], copied_bytes_per_s: Callable[[], float]
-) -> Iterator[None]:
-    """Charge the host's work in virtual time while active.
-
-    ``numel_of`` gives the size of a subgroup of ours, ``copied_bytes_per_s`` what copies took in our last step.
-    """
+def charged(profile: HardwareProfile) -> Iterator[None]:
+    """Charge DeepSpeed's work on the host in virtual time while active. The plugin's lanes charge their own."""
     from deepspeed.ops.adam import DeepSpeedCPUAdam
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Stage3
 
     update, unscale, copy_back = DeepSpeedCPUAdam.step, Stage3.unscale_and_clip_grads, (
         Stage3._reassign_or_swap_out_partitioned_parameters
     )  # fmt: skip
-
-    def charge_ours(_self: SimAccelerator, _seconds: float, name: str = "", **_amounts: int) -> None:
-        if match := re.match(r"C(\d+)@", name):
-            sim.host_charge(numel_of(int(match[1])) * rates.update_beside_s(copied_bytes_per_s()), name)
+    # The conversion alone: the copy behind it is the device's to charge.
+    downcast_s = max(0.0, 1 / profile.blocking_downcast_params_per_s - 2 / profile.both_bytes_per_s)
 
     def charge_update(self: Any, *args: Any, **kwargs: Any) -> Any:
-        sim.host_charge(sum(p.numel() for g in self.param_groups for p in g["params"]) * rates.update_s, "CPU Adam")
+        numel = sum(p.numel() for g in self.param_groups for p in g["params"])
+        sim.host_charge(numel / profile.host_update_params_per_s, "CPU Adam", numel * UPDATE_BYTES)
         return update(self, *args, **kwargs)
 
     def charge_unscale(self: Any, sub_group_id: int, *args: Any) -> None:
         if self.subgroup_to_device[sub_group_id] == "cpu":
-            sim.host_charge(self.fp16_partitioned_groups_flat_numel[sub_group_id] * rates.unscale_s, "unscale")
+            num_bytes = self.fp16_partitioned_groups_flat_numel[sub_group_id] * UNSCALE_BYTES
+            sim.host_charge(num_bytes / profile.host_dram_bytes_per_s, "unscale", num_bytes)
         unscale(self, sub_group_id, *args)
 
     def charge_copy_back(self: Any, sub_group_id: int) -> None:
         if self.subgroup_to_device[sub_group_id] == "cpu":
-            sim.host_charge(self.fp16_partitioned_groups_flat_numel[sub_group_id] * rates.downcast_s, "downcast")
+            numel = self.fp16_partitioned_groups_flat_numel[sub_group_id]
+            sim.host_charge(numel * downcast_s, "downcast", numel * DOWNCAST_BYTES)
         copy_back(self, sub_group_id)
 
     with (
-        mock.patch.object(SimAccelerator, "charge_host_time", charge_ours),
         mock.patch.object(DeepSpeedCPUAdam, "step", charge_update),
         mock.patch.object(Stage3, "unscale_and_clip_grads", charge_unscale),
         mock.patch.object(Stage3, "_reassign_or_swap_out_partitioned_parameters", charge_copy_back),
@@ -177,21 +146,24 @@ class UpdateInPlace:
 # ---- one case
 
 
-def emulate(profile: HardwareProfile, size: Size, numel: int) -> float:
-    """Set the emulated device to the miniature of ``profile``; returns the latency of its copies."""
+def emulate(profile: HardwareProfile, size: Size, numel: int) -> None:
+    """Set the emulated device to the miniature of ``profile``."""
     scale = numel / FULL_NUMEL
-    latency_s = profile.copy_latency_s * scale
     sim.set_profile(
         h2d_bytes_per_s=profile.both_bytes_per_s,
         d2h_bytes_per_s=profile.both_bytes_per_s,
         pageable_bytes_per_s=profile.both_bytes_per_s,
+        host_bytes_per_h2d_byte=profile.host_bytes_per_h2d_byte,
+        host_bytes_per_d2h_byte=profile.host_bytes_per_d2h_byte,
+        host_dram_bytes_per_s=profile.host_dram_bytes_per_s,
+        host_update_params_per_s=profile.host_update_params_per_s,
+        device_update_params_per_s=profile.device_update_params_per_s,
         memory_bytes_per_s=profile.device_memory_bytes_per_s,
         flops=profile.device_flops * size.tokens / size.full_tokens,
-        latency_s=latency_s,
+        latency_s=profile.copy_latency_s * scale,
         launch_s=profile.launch_latency_s * scale,
     )
     sim.configure("sync", capacity="4GiB", races=False, poison=False)
-    return latency_s
 
 
 def configuration(size: Size, offload_optimizer: dict[str, Any], block: dict[str, Any] | None) -> dict[str, Any]:
@@ -223,15 +195,13 @@ def measure(
     torch.manual_seed(0)
     model = Miniature(size)
     numel = sum(p.numel() for p in model.parameters())
-    latency_s = emulate(profile, size, numel)
+    emulate(profile, size, numel)
     with mock.patch.object(CPUAdamBuilder, "load", return_value=UpdateInPlace()):
         engine, *_ = initialize(
             model=model, config=configuration(size, offload_optimizer, block), model_parameters=model.parameters()
         )
     x = torch.randn(size.tokens, size.width, dtype=torch.bfloat16).to("sim")
     partition = None if block is None else engine.optimizer.offloaded.partition
-    copied_bytes_per_s = 0.0
-    update_began: int | None = None  # which span of the trace
 
     def at_rest_s() -> float:
         if partition is not None:
@@ -239,27 +209,11 @@ def measure(
         torch.accelerator.synchronize()
         return sim.host_time_s()
 
-    def copies(engine_names: tuple[str, ...], first: int) -> list[Any]:
-        return [span for span in sim.trace()[first:] if span.engine in engine_names]
-
-    def bytes_of(spans: list[Any]) -> float:
-        return sum(max(0.0, span.end_s - span.start_s - latency_s) for span in spans) * profile.both_bytes_per_s
-
     def iterate() -> None:
-        nonlocal copied_bytes_per_s, update_began
-        loss = engine(x)
-        if update_began is not None and (spans := copies(("d2h", "h2d"), update_began)):
-            took_s = max(span.end_s for span in spans) - min(span.start_s for span in spans)
-            copied_bytes_per_s = bytes_of(spans) / took_s
-        engine.backward(loss)
-        update_began = len(sim.trace())
+        engine.backward(engine(x))
         engine.step()
 
-    def numel_of(subgroup: int) -> int:
-        assert partition is not None
-        return int(partition.runtime.subgroups[subgroup].numel)
-
-    with charged(HostRates.of(profile), numel_of, lambda: copied_bytes_per_s):
+    with charged(profile):
         for _ in range(size.num_warm_up if block is not None else 2):
             iterate()
         # Between two moments at which nothing is in flight, so the last update of all is hidden by nothing.
@@ -267,8 +221,11 @@ def measure(
         for _ in range(size.num_steps):
             iterate()
         iteration_s = (at_rest_s() - start_s) / size.num_steps
+    moved = Counter[str]()
+    for span in sim.trace()[first:]:
+        moved[span.engine] += span.num_bytes
     found: dict[str, Any] = {"iteration_s": iteration_s} | {
-        f"{name}_bytes_per_param": bytes_of(copies((name,), first)) / numel / size.num_steps for name in ("d2h", "h2d")
+        f"{name}_bytes_per_param": moved[name] / numel / size.num_steps for name in ("d2h", "h2d")
     }
     if partition is not None:
         found["plan"] = str(partition.plan)

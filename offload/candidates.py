@@ -13,9 +13,9 @@ from offload.planner import Choice, Search, spread, stride_plan
 from offload.pool import BudgetError, Budgets, MemoryBill, format_bytes
 from offload.subgroup import Subgroup
 
-# (slots, staging buffers): the second fills both link directions where updates on the device are not instant, the third
-# keeps the CPU busy where a gradient or new parameters queue behind states that take longer than CPU updates.
-BUFFERS = ((2, NUM_STAGING), (3, 4), (3, 8))
+# (slots, staging buffers): those of plan="auto"; a third slot fills both link directions where updates on the device
+# are not instant; more staging buffers keep the CPU busy where gradients or new parameters queue behind states.
+BUFFERS = ((2, 4), (3, 4), (3, 8))
 STRIDES = (2, 3, 4, 5, 6, 8, 10)  # those the paper's authors measured
 MAX_RANKED = 48  # subgroups in the sample that candidates of large models are ranked by
 NUM_EXACT = 4  # candidates of large models whose whole plan is timed

@@ -129,6 +129,7 @@ class Controller:
         self._next_step = first_step + WARM_UP_STEPS
         self._before_probe: Plan | None = None  # what to go on from, after a step without visits
         self._ran: Plan | None = None
+        self._seen_s: dict[int, list[float]] = {}  # updates measured since the last surprise, by number of visits
         self._step_s: dict[Overlap, float] = {}  # see Decision
         self.first_plan = self._first_plan()
 
@@ -156,8 +157,12 @@ class Controller:
             self._beliefs.forget()
             self._next_step = measurement.step + 1
             return None
-        choice = self._choose(ran)
         surprised = predicted_s is None or abs(predicted_s / measurement.update_s - 1) > SURPRISE
+        if surprised:  # disturbed, or the machine changed
+            self._seen_s.clear()
+        else:
+            self._seen_s.setdefault(ran.num_visits, []).append(measurement.update_s)
+        choice = self._choose(ran)
         self._num_settled = 0 if surprised or choice.action != "kept" else self._num_settled + 1
         interval = 1 << min(MAX_INTERVAL.bit_length() - 1, max(0, self._num_settled - SETTLED + 1))
         self._next_step = measurement.step + interval
@@ -191,8 +196,21 @@ class Controller:
         moved = self._moves(placements, target)
         for i in moved:
             placements[i] = Placement.DEVICE if placements[i] is Placement.HOST else Placement.HOST
+        if target == best_num and self._was_no_shorter(placements.count(Placement.DEVICE), plan.num_visits):
+            return _Choice("kept" if plan is ran else "moved", plan, current_s, target_s)
         action: Action = "probed" if target != best_num else "moved" if moved or plan is not ran else "reordered"
         return _Choice(action, self._lower(placements), current_s, target_s)
+
+    def _was_no_shorter(self, num_visits: int, than: int) -> bool:
+        """Whether an update with so many visits was measured to gain no more than the hysteresis over one with others.
+
+        Near the best share all are about as long, and what is predicted of them may be more wrong than they differ:
+        the plan would move to and fro. Another order of the same share is tried once.
+        """
+        tried, current = self._seen_s.get(num_visits, []), self._seen_s.get(than, [])
+        if num_visits == than:
+            return len(tried) > 1
+        return bool(tried and current) and tried[-1] > (1 - HYSTERESIS) * current[-1]
 
     def _moves(self, placements: Sequence[Placement], target: int) -> tuple[int, ...]:
         """Visitors that change sides on the way to ``target`` visits: few, and evenly spread."""

@@ -27,9 +27,11 @@ from offload.lanes.accelerator import accelerator_lanes, unfinished
 from offload.lanes.inline import inline_lanes
 from offload.layout import Packed
 from offload.memory import SubgroupMemory
+from offload.monitor import Phase
 from offload.options import Options
+from offload.passing_slots import PassingSlots
 from offload.perf_model import Prediction, Rates, predict
-from offload.plan import OpKind, Plan
+from offload.plan import OpKind, Placement, Plan
 from offload.plan_in_force import PlanInForce
 from offload.policy import Overlap
 from offload.pool import MemoryBill, Pool
@@ -83,6 +85,7 @@ class Runtime:
         self._copier: Copier | None = None  # of a snapshot that may not have copied everything yet
         with_gradients = options.overlap == "backward"
         self._early = EarlyTransfers(self.lanes, self.pool, self.actions, with_gradients=with_gradients)
+        self._passing = self._passing_slots()
         self._arrived_in_open_step: Callable[[int, int], None] | None = None
         self._hooks: list[RemovableHandle] = []
         self._conductor = Conductor(self.lanes.compute, self.accelerator, weakref.WeakMethod(self.mark_broken))
@@ -93,6 +96,19 @@ class Runtime:
         landing.atexit = False
 
     # ---- memory and plan
+
+    def _passing_slots(self) -> PassingSlots | None:
+        """Raises ValueError if the monitor follows another device than that of the parameters."""
+        num, monitor = self.options.num_passing_slots, self.options.memory_monitor
+        if monitor is None:
+            return None
+        if self.accelerator is None or monitor.device != self.accelerator.device:
+            raise ValueError(
+                f"num_passing_slots={num}: the parameters are on {self.device}, but memory_monitor follows "
+                f"{monitor.device or 'no accelerator'}; construct it with the accelerator that the parameters are on"
+            )
+        monitor.tell(self._phase_begins)
+        return PassingSlots(num, monitor, self.memory, self.lanes.compute)
 
     def add(self, packed: Sequence[Packed], kind: StateKind = ADAM_FP32) -> list[AdamSubgroup]:
         """Append subgroups, allocate what they need, and plan anew.
@@ -111,6 +127,9 @@ class Runtime:
             first = self.in_force.first(wanted.subgroups, homes)
 
         self.synchronize()
+        if self._passing is not None and self.subgroups:
+            self._passing.forget()
+            self.in_force.go_on_with_other_slots()
         added = self.memory.allocate(wanted, given_less=plan_anew)
         self.in_force.begin(first)
         if self.options.overlap != "none":
@@ -193,6 +212,10 @@ class Runtime:
         """
         self.finish()
         self._go_on_without_lost_slots()
+        if self._passing is not None:
+            num_used = self.plan.num_buffers(Placement.DEVICE) - self.memory.num_lasting_slots
+            if self._passing.end_backward(max(0, num_used)):
+                self.in_force.go_on_with_other_slots()
         idle = frozenset(range(len(self.subgroups))) - updates.keys()
         # A step that leaves subgroups out says little about one that does not.
         observed = self.in_force.chooses and self.in_force.wants_measurement and not idle
@@ -206,6 +229,8 @@ class Runtime:
             for index, subgroup_updates in updates.items():
                 self.actions[index].begin_step(subgroup_updates)
             begun = self._early.take(plan)
+            if self._passing is not None:
+                self._passing.end_step()
             if self.overlap == "next_forward" and timer is None:
                 if pending is None:
                     pending = {index: list(_tensors_of(group)) for index, group in updates.items()}
@@ -234,7 +259,7 @@ class Runtime:
             for index in updates:
                 self.actions[index].end_step()
             raise
-        if observed and all(slot.buffer is not None for slot in self.pool.slots):
+        if observed and not any(slot.is_lost for slot in self.pool.slots):
             work = work_of(self.spans, self.subgroups)
             self.in_force.observe(Measurement(self.in_force.num_steps, work, elapsed_s(self.spans), passes_s), plan)
         self.in_force.num_steps += 1
@@ -247,7 +272,7 @@ class Runtime:
     def _go_on_without_lost_slots(self) -> None:
         """After [Note: a slot less] in :mod:`offload.executor`."""
         if self.memory.drop_lost_slots():
-            self.in_force.go_on_with_fewer_slots()
+            self.in_force.go_on_with_other_slots()
 
     def begin_copies(self, sources: Mapping[int, Source], copy_bytes: int | None) -> Copier:
         """Copy subgroups beside the next steps, see [Note: copied before it is overwritten]. Nothing is in flight.
@@ -355,7 +380,22 @@ class Runtime:
         if self._broken is None and not self._will_be_timed:
             self._conductor.finish()
             self._go_on_without_lost_slots()
+            if self._passing is not None:
+                if self._passing.arrived(under_next_forward=self.overlap == "next_forward"):
+                    self.in_force.go_on_with_other_slots()
+                if self._passing.open_due():
+                    self._early.prefetch(self.plan, self.subgroups)
             self._early.arrived(self.subgroups[index], self.plan, self.subgroups, in_autograd=in_autograd)
+
+    def _phase_begins(self, phase: Phase) -> None:
+        """Passing slots are closed where the model takes their memory again, see [Note: room in backward]."""
+        assert self._passing is not None
+        if self._broken is not None or self._arrived_in_open_step is not None:
+            return
+        if phase is Phase.BACKWARD:
+            self._conductor.finish()
+        elif phase is Phase.FORWARD and not self._conductor.in_flight:
+            self._early.leave(self._passing.give_back())
 
     def before_gradient(self, index: int) -> None:
         """Let what the current stream writes to the gradient of subgroup ``index`` come after an early copy of it."""

@@ -91,7 +91,7 @@ def test_static_never_exceeds_its_share(numels: list[int], fraction: float) -> N
         (Static(0.5), Homes(residents=frozenset({2, 3}), num_staging=2)),
         (Static(1.0), Homes(residents=frozenset(range(4)))),
         (Stride(2), Homes(visitors=frozenset({1, 3}), num_slots=2, num_staging=2)),
-        ("auto", Homes(visitors=frozenset(range(4)), num_slots=2, num_staging=2)),
+        ("auto", Homes(visitors=frozenset(range(4)), num_slots=2, num_staging=4)),
         (
             Plan.parse("D0@0 C0@0 U0@0 P1@2 G1@2 F1@2 R2 R3"),
             Homes(frozenset({2, 3}), frozenset({1}), num_slots=3, num_staging=1),
@@ -149,6 +149,17 @@ def test_auto_pins_no_more_than_it_may() -> None:
     assert settle("auto", FOUR, Budgets(pinned_bytes=staging + 2 * 1200)).visitors == {0, 1}
     assert settle("auto", FOUR, Budgets(pinned_bytes=staging + 2 * 1200 - 1)).visitors == {0}
     assert settle("auto", FOUR, Budgets(pinned_bytes=staging)) == Homes(num_slots=0, num_staging=2)
+
+
+def test_auto_has_more_staging_buffers_where_every_budget_holds_them() -> None:
+    few, many = 2 * 2 * 200 + 4 * 1200, 4 * 2 * 200 + 4 * 1200
+    for kind in ("host_bytes", "pinned_bytes"):
+        assert settle("auto", FOUR, Budgets(**{kind: many})).num_staging == 4
+        less = settle("auto", FOUR, Budgets(**{kind: many - 1}))
+        assert (less.num_staging, less.visitors) == (2, set(range(4)))
+        assert less.bill(FOUR).host_bytes == few
+    assert settle("auto", FOUR, Budgets(device_bytes=2 * 1200 - 1)).num_staging == 2, "one slot: no state queues"
+    assert settle("auto", FOUR[:3], NO_LIMITS).num_staging == 3, "no more than there are subgroups"
 
 
 budgets = st.one_of(st.none(), st.integers(0, 20_000))

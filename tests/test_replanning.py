@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 import offload
 from bench.online import SEEDS, WRONG, Machine
@@ -54,6 +56,29 @@ def test_a_wrong_profile_is_worth_correcting(sim: ModuleType) -> None:
     machine = Machine(HardwareProfile.load("rtx4090-desktop"))
     firsts = [machine.run(factors).first_over_best for factors in ((2, 2, 0.5, 0.5), (0.5, 0.5, 2, 2))]
     assert min(firsts) > 1.05
+
+
+def test_a_plan_does_not_move_to_and_fro(sim: ModuleType) -> None:
+    """Here every share near the best takes about as long, and each looks better from the next one."""
+    sizes, profile = [65_000, 90_000] * 6 + [66_000], HardwareProfile.load("h100-sxm-16-cores")
+    sim.set_profile(
+        h2d_bytes_per_s=profile.both_bytes_per_s, d2h_bytes_per_s=profile.both_bytes_per_s, latency_s=0, launch_s=0,
+        host_dram_bytes_per_s=profile.host_dram_bytes_per_s, host_update_params_per_s=profile.host_update_params_per_s,
+        device_update_params_per_s=profile.device_update_params_per_s,
+    )  # fmt: skip
+    params = [torch.nn.Parameter(torch.zeros(size, dtype=torch.bfloat16, device="sim")) for size in sizes]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    two_staging = 12 * sum(sizes) + 2 * 2 * 2 * max(sizes) + 4096 * 40
+    optimizer = offload.AdamW(params, subgroup_numel=1, overlap="none", pinned_budget=two_staging)
+    for _ in range(40):
+        optimizer.step()
+    optimizer.synchronize()
+    decisions = optimizer.runtime.in_force.decisions
+    shares = [decision.ran.num_visits for decision in decisions if decision.ran.num_visits]  # less the probe without
+    stays = [share for share, _ in itertools.groupby(shares)]
+    assert len(stays) > 2, "it moved"
+    assert len(set(stays)) == len(stays), "and came back to no share that it had left"
 
 
 @pytest.mark.slow

@@ -265,7 +265,7 @@ def test_set_plan_runs_from_the_next_step_on(sim: ModuleType) -> None:
     [
         ("D0@0 C0@0 U0@0", r"subgroups \[1, 2, 3\] are never updated"),
         ("P0@2 G0@2 F0@2 R1 R2 R3", "there is no slot 2; there are 2"),
-        ("D0@3 C0@3 U0@3 R1 R2 R3", "there is no staging buffer 3"),
+        ("D0@4 C0@4 U0@4 R1 R2 R3", "there is no staging buffer 4"),
         ("R0 R1 R2 R3", "the state of subgroup 0 lives in host memory"),
         ("D4@0 C4@0 U4@0", "there is no subgroup 4; the layout has 4"),
     ],

@@ -136,10 +136,10 @@ def test_trace(sim: ModuleType, device: torch.Tensor) -> None:
     host = torch.empty(NUM_BYTES, dtype=torch.uint8, pin_memory=True)
     sim.configure("lazy")
     stream = h2d(device, host)
-    sim.host_charge(0.5, "host update")
+    sim.host_charge(0.5, "host update", num_bytes=28)
     copy, work = sim.trace()
-    assert copy == ("h2d", stream.stream_id, "h2d", 0.0, pytest.approx(1e-5 + NUM_BYTES / 1e9), 0)
-    assert work == ("host update", -1, "host", 0.0, 0.5, 0)
+    assert copy == ("h2d", stream.stream_id, "h2d", 0.0, pytest.approx(1e-5 + NUM_BYTES / 1e9), 0, NUM_BYTES)
+    assert work == ("host update", -1, "host", 0.0, 0.5, 0, 28)
     stream.synchronize()
 
 

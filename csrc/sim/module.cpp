@@ -44,7 +44,7 @@ py::list trace() {
   py::list rows;
   for (const TaskPtr& task : Runtime::get().spans())
     rows.append(py::make_tuple(name_of(task->name), task->stream, static_cast<int>(task->engine), task->start_s,
-                               task->end_s, task->device));
+                               task->end_s, task->device, task->num_bytes));
   return rows;
 }
 

@@ -119,6 +119,7 @@ void Runtime::charge(Stream& stream, const Operation& operation, NameId call_sit
     task.device = stream.device;
     task.engine = operation.cost.engine;
     task.seconds = operation.cost.seconds(profile);
+    task.num_bytes = operation.cost.num_bytes;
     if (task.seconds > 0) task.host_bytes_per_s = operation.cost.host_bytes(profile) / task.seconds;
     add_task(stream, std::move(task));
   }
@@ -257,6 +258,7 @@ void Runtime::host_charge(double seconds, double num_bytes, const std::string& n
   Task task;
   task.name = intern(name);
   task.seconds = seconds;
+  task.num_bytes = num_bytes;
   if (seconds > 0) task.host_bytes_per_s = num_bytes / seconds;
   host().now = {schedule_.add(std::move(task), {host().now}), 0};
 }

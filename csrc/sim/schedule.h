@@ -41,6 +41,7 @@ struct Task {
   Engine engine = Engine::kHost;
   double seconds = 0;           // while nothing else runs; none: it only marks a moment
   double host_bytes_per_s = 0;  // of host memory, asked for meanwhile
+  double num_bytes = 0;         // that are moved
   uint64_t order = 0;           // of enqueueing
   double ready_s = 0, enqueued_s = 0, start_s = 0, end_s = 0;
   double link_speed = 1, speed = 1;  // as the link's other direction allows, and host memory too; 1 is alone

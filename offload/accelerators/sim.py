@@ -58,7 +58,8 @@ _CHOICE_BITS = 6  # of a seed of "systematic": the host and 33 streams at most a
 
 class TraceSpan(NamedTuple):
     """One operation in virtual time: its name, stream (-1 for the host's work), engine ("compute", "h2d", "d2h", "peer"
-    for a copy to another device, or "host"), start and end, and the device's index.
+    for a copy to another device, or "host"), start and end, the device's index, and the bytes that it moved: those of a
+    copy, or what work read and wrote of the device's memory or, the host's, of host memory.
     """
 
     name: str
@@ -67,6 +68,7 @@ class TraceSpan(NamedTuple):
     start_s: float
     end_s: float
     device: int = 0
+    num_bytes: float = 0
 
 
 def configure(
