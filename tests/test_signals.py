@@ -49,6 +49,15 @@ def test_handler_runs_at_the_end(number: int) -> None:
         signal.raise_signal(number)  # as before
 
 
+@pytest.fixture
+def default_interrupt() -> Iterator[None]:
+    """Python's own handler, which a job that a shell runs in the background does not begin with."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("default_interrupt")
 def test_second_interrupt_is_heard_at_once() -> None:
     def stuck() -> None:
         with deferred_signals():
