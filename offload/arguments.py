@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from os import PathLike
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from offload.hardware import HardwareProfile
+from offload.monitor import MemoryMonitor
 from offload.options import Options
 from offload.perf_model import Rates
-from offload.policy import Overlap, Stride, parse_overlap, parse_policy
+from offload.plan import Placement, Plan
+from offload.policy import Overlap, Policy, Stride, parse_overlap, parse_policy
 from offload.pool import Budgets, parse_bytes
 from offload.processors import ranks_on_this_node
 
@@ -81,6 +83,8 @@ def parse_options(
     num_slots: int | None,
     profile: object = None,
     overlap: object = "none",
+    num_passing_slots: int = 0,
+    memory_monitor: object = None,
 ) -> Options:
     """What the user asked for, checked as far as it can be without the parameters.
 
@@ -105,7 +109,58 @@ def parse_options(
         )
     if profile is not None and policy != "auto":
         raise ValueError(f"profile tells plan='auto' where to start, and plan is {plan!r}; leave one of them out")
-    return Options(policy, budgets, subgroup_numel, num_slots, _rates_of(profile), parse_overlap(overlap))
+    how = parse_overlap(overlap)
+    check_passing_slots(num_passing_slots, memory_monitor, how)
+    if num_passing_slots:
+        num_slots = _num_lasting_slots(policy, num_slots, num_passing_slots)
+    return Options(
+        policy,
+        budgets,
+        subgroup_numel,
+        num_slots,
+        _rates_of(profile),
+        how,
+        num_passing_slots=num_passing_slots,
+        memory_monitor=cast(MemoryMonitor | None, memory_monitor),
+    )
+
+
+def check_passing_slots(num_passing_slots: int, memory_monitor: object, overlap: Overlap) -> None:
+    """Raise TypeError or ValueError unless there may be so many slots in memory that backward gives back."""
+    if not isinstance(num_passing_slots, int) or isinstance(num_passing_slots, bool):
+        raise TypeError(f"num_passing_slots must be an int, not {num_passing_slots!r}")
+    if not isinstance(memory_monitor, MemoryMonitor | None):
+        raise TypeError(f"memory_monitor must be a MemoryMonitor or None, not {memory_monitor!r}")
+    if num_passing_slots < 0:
+        raise ValueError(f"num_passing_slots={num_passing_slots} is negative; give 0 for none")
+    if (num_passing_slots > 0) != (memory_monitor is not None):
+        raise ValueError(
+            f"num_passing_slots={num_passing_slots} and memory_monitor={memory_monitor!r} go together: the monitor, "
+            f"attached to the model, tells when backward has given back the memory of a slot; give both or neither"
+        )
+    if num_passing_slots and overlap == "none":
+        raise ValueError(
+            f"num_passing_slots={num_passing_slots} have no use with overlap='none', where nothing comes up in "
+            f"backward; give another overlap, or leave them out"
+        )
+
+
+def _num_lasting_slots(policy: Policy, num_slots: int | None, num_passing_slots: int) -> int | None:
+    """The slots that last, where others do not. Raises ValueError if ``policy`` has no use for those."""
+    if policy in ("auto", "device") or isinstance(policy, Stride):
+        return num_slots
+    if not isinstance(policy, Plan):
+        raise ValueError(
+            f"num_passing_slots={num_passing_slots} have no use with plan={policy!r}, where no state visits the "
+            f"device; leave them out"
+        )
+    of_plan = policy.num_buffers(Placement.DEVICE)
+    if of_plan <= num_passing_slots:
+        raise ValueError(
+            f"num_passing_slots={num_passing_slots} are too many for a plan that goes through {of_plan} slots: at "
+            f"least one has to last; give {max(0, of_plan - 1)} or fewer"
+        )
+    return of_plan - num_passing_slots
 
 
 def _rates_of(profile: object) -> Rates | None:

@@ -25,7 +25,7 @@ from offload.gradients import Fingerprint, fingerprints_of
 from offload.lanes import Event, Lanes
 from offload.plan import Op, OpKind, Plan
 from offload.pool import Pool
-from offload.subgroup import Subgroup
+from offload.subgroup import Slot, Subgroup
 from offload.watched import unwatch, watch
 
 Hook = weakref.WeakMethod[Any]  # of a subgroup's index and a parameter's position in it
@@ -59,9 +59,7 @@ class EarlyTransfers:
         is_first = not self._num_arrived
         self._num_arrived[subgroup.index] += 1
         if is_first:
-            for op in early_operations(plan):
-                if op.kind is OpKind.PREFETCH:
-                    self._enqueue(op, subgroups)
+            self.prefetch(plan, subgroups)
         if not self._with_gradients or self._num_arrived[subgroup.index] != self._num_expected[subgroup.index]:
             return
         grads = self._grads_now(subgroup.index)
@@ -71,6 +69,28 @@ class EarlyTransfers:
                 if in_autograd:
                     self._watch(subgroup.index)
                     self._await_copy_at_end(subgroup)
+
+    def prefetch(self, plan: Plan, subgroups: Sequence[Subgroup]) -> None:
+        """Let states come up into the slots that have memory, as far as ``plan`` allows it and that is not done."""
+        for op in early_operations(plan):
+            if op.kind is OpKind.PREFETCH and op not in self._begun:
+                assert op.buffer is not None
+                if self._pool.slots[op.buffer].buffer is not None:
+                    self._enqueue(op, subgroups)
+
+    def leave(self, slots: Collection[Slot]) -> None:
+        """What came up into ``slots`` does not count, as their memory goes back."""
+        indices = {slot.index for slot in slots}
+        for op in [op for op in self._begun if op.kind is OpKind.PREFETCH and op.buffer in indices]:
+            del self._begun[op]
+            self._await_prefetch(op)
+
+    def _await_prefetch(self, op: Op) -> None:
+        """The CPU may update a state that a copy, which does not count, still reads: let it wait for that."""
+        assert op.buffer is not None
+        filled = self._pool.slots[op.buffer].filled
+        assert filled is not None
+        self._lanes.host.wait(filled)
 
     def _await_copy_at_end(self, subgroup: Subgroup) -> None:
         assert subgroup.grad_on_host is not None
@@ -125,10 +145,7 @@ class EarlyTransfers:
             if op.kind is OpKind.GRAD_DOWN and (op not in can_be or fingerprints != self._grads_now(op.subgroup)):
                 del self._begun[op]
         for op in self._begun.keys() - can_be:
-            assert op.buffer is not None
-            filled = self._pool.slots[op.buffer].filled
-            assert filled is not None
-            self._lanes.host.wait(filled)  # the CPU may update now what the copy still reads
+            self._await_prefetch(op)
         begun = self._begun.keys() & can_be
         self._num_expected, self._num_arrived = self._num_arrived, Counter()
         self._begun = {}

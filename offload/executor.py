@@ -31,6 +31,11 @@ autograd has accumulated it, and by then every layer that gives it a share has r
 Where the device has no memory left when a state should go into its slot, nothing was changed yet: the slot's memory is
 given back, and what has not begun takes another slot or is updated on the CPU. The bits are the same anywhere. Who owns
 the slots sees afterwards that one has no buffer any more, and plans with fewer from then on.
+
+[Note: passing slots]
+Backward gives memory back, of activations. A passing slot has some of it, from :func:`lend` within backward until the
+update is enqueued; then the allocator may hand it on, once the transfers through it are done. What comes up into it
+waits for all that the compute lane did in that memory.
 """
 
 from __future__ import annotations
@@ -38,6 +43,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 
 import torch
+from torch import Tensor
 
 from offload.lanes import Event, Lane, Lanes
 from offload.plan import Op, OpKind, Plan
@@ -115,7 +121,7 @@ def enqueue_in_backward(
         grads_ready: gives the end of a subgroup's gradients on the compute lane. May block the calling thread until
             backward has made them, so the plan has to take subgroups in the order in which that happens.
     """
-    ops, lost = [op for op in plan.ops if op not in begun], set()
+    ops = [op for op in plan.ops if op not in begun]
     touched = {op.subgroup for op in begun}
     for position, op in enumerate(ops):  # whose rest may be replaced below
         subgroup = subgroups[op.subgroup]
@@ -128,17 +134,19 @@ def enqueue_in_backward(
                 raise
             # See [Note: a slot less].
             assert op.buffer is not None
-            lost.add(op.buffer)
-            usable = [slot.index for slot in slots if slot.index not in lost]
+            slots[op.buffer].buffer = None
+            usable = [slot.index for slot in slots if slot.buffer is not None]
             instead = without_slot(ops, position, begun=touched, slots=usable, num_staging=len(stagings))
             if instead is None:
                 raise
-            slots[op.buffer].buffer = None
             ops[position + 1 :] = instead
             continue
         touched.add(op.subgroup)
         if op.kind in LAST_WRITES:
             announce(subgroup)
+    for slot in slots:
+        if slot.passes:  # see [Note: passing slots]
+            slot.buffer = None
 
 
 def early_operations(plan: Plan) -> list[Op]:
@@ -163,6 +171,12 @@ def enqueue_early(
 ) -> None:
     """Enqueue one of the :func:`early_operations`; ``grads_ready`` is the end of its gradient on the compute lane."""
     _enqueue(op, subgroups[op.subgroup], slots, stagings, lanes, grads_ready=lambda subgroup: grads_ready)
+
+
+def lend(slot: Slot, buffer: Tensor | None, compute: Lane) -> None:
+    """Let a passing slot have memory that the compute lane has done with; see [Note: passing slots]."""
+    slot.buffer = buffer
+    slot.drained = compute.mark()
 
 
 def _enqueue(

@@ -48,8 +48,10 @@ class FinalGradients:
         return [*known, *sorted(set(range(num_subgroups)) - set(known))]
 
 
-def in_order_of(plan: Plan, order: list[int]) -> Plan:
+def in_order_of(plan: Plan, order: list[int], *, num_slots: int) -> Plan:
     """The same placements and buffers as ``plan``, taking subgroups in ``order`` as their gradients become final.
+
+    ``num_slots`` are there; the plan may go through more.
 
     First come the prefetches that need nothing; each gradient goes down right before its update, because whoever
     enqueues it waits until it is there, and must not hold back the update before it.
@@ -57,7 +59,7 @@ def in_order_of(plan: Plan, order: list[int]) -> Plan:
     placements = plan.placements
     lowered = lower(
         [placements[i] for i in range(len(placements))],
-        num_slots=plan.num_buffers(Placement.DEVICE),
+        num_slots=min(num_slots, plan.num_buffers(Placement.DEVICE)),
         num_staging=plan.num_buffers(Placement.HOST),
         order=order,
     )

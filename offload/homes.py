@@ -28,6 +28,7 @@ class Homes:
         ringed: visitors whose state could not be pinned: it passes through a ring of pinned buffers.
         num_slots: device buffers for visitors.
         num_staging: host buffers for gradients and new parameters of CPU updates.
+        num_passing_slots: of the slots, the last, whose memory backward gives back and the next forward may take.
     """
 
     residents: frozenset[int] = frozenset()
@@ -35,6 +36,7 @@ class Homes:
     num_slots: int = 0
     num_staging: int = 0
     ringed: frozenset[int] = frozenset()
+    num_passing_slots: int = 0
 
     def slot_bytes(self, subgroups: Sequence[Subgroup]) -> int:
         """Size of one slot: the largest state that may visit."""
@@ -54,7 +56,8 @@ class Homes:
             pinned_state_bytes=pinned_state_bytes,
             staging_bytes=2 * self.num_staging * pinned(self.staging_bytes(subgroups)),
             ring_bytes=RING_BYTES if self.ringed else 0,
-            slot_bytes=self.num_slots * self.slot_bytes(subgroups),
+            slot_bytes=(self.num_slots - self.num_passing_slots) * self.slot_bytes(subgroups),
+            passing_bytes=self.num_passing_slots * self.slot_bytes(subgroups),
             resident_bytes=sum(subgroups[i].state_bytes for i in self.residents),
         )
 
@@ -94,7 +97,7 @@ def settle(
     what the budgets leave. That no budget is exceeded is for :meth:`offload.pool.MemoryBill.check`.
 
     Args:
-        num_slots: as the user asked, or None for the default.
+        num_slots: that last, as the user asked, or None for the default.
         accelerator: whose memory it will be; None: any, to the byte.
     """
     if isinstance(policy, Plan):
@@ -106,7 +109,7 @@ def settle(
         return Homes(
             residents=choose_residents(policy, subgroups, None),
             visitors=frozenset(i for i, where in policy.placements.items() if where is Placement.DEVICE),
-            num_slots=policy.num_buffers(Placement.DEVICE),
+            num_slots=policy.num_buffers(Placement.DEVICE) if num_slots is None else num_slots,
             num_staging=policy.num_buffers(Placement.HOST),
         )
     added = subgroups[num_settled:]
@@ -175,11 +178,25 @@ def first_plan(policy: Policy, num_subgroups: int, homes: Homes) -> Plan:
     One visitor among subgroups that never visit goes there too.
     """
     if isinstance(policy, Plan):
-        return policy
+        return through_slots(policy, homes)
     placements = choose_placements(policy, num_subgroups, homes.residents)
     if policy == "auto":
         visitors = sorted(homes.visitors)
         alone = len(visitors) == 1 and num_subgroups - len(homes.residents) > 1
         for i in visitors if alone else visitors[1::2]:
             placements[i] = Placement.DEVICE
+    return lower(placements, num_slots=homes.num_slots, num_staging=homes.num_staging)
+
+
+def through_slots(plan: Plan, homes: Homes) -> Plan:
+    """``plan``, or its placements lowered anew where there are fewer slots than it goes through."""
+    return plan if plan.num_buffers(Placement.DEVICE) <= homes.num_slots else lowered(plan, homes)
+
+
+def lowered(plan: Plan, homes: Homes) -> Plan:
+    """The placements of ``plan``, lowered to the slots there are; without any, the CPU updates what visited."""
+    placements = [
+        Placement.HOST if each is Placement.DEVICE and homes.num_slots == 0 else each
+        for _, each in sorted(plan.placements.items())
+    ]
     return lower(placements, num_slots=homes.num_slots, num_staging=homes.num_staging)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from offload.accelerators import Accelerator
 from offload.adam import AdamSubgroup
-from offload.homes import Homes, settle
+from offload.homes import NUM_STAGING, Homes, settle
 from offload.lanes import Lanes
 from offload.lanes.accelerator import StreamLane
 from offload.layout import Packed
@@ -251,15 +251,37 @@ class SubgroupMemory:
 
         Returns whether there were any.
         """
-        num_slots = self.pool.drop_lost_slots()
-        if num_slots == self.homes.num_slots:
+        had, num_lasting = self.num_lasting_slots, self.pool.drop_lost_slots()
+        if num_lasting == had:
             return False
         logger.warning(
             "the device ran out of memory in a prefetch: %d of %d slots were given back. Training goes on, the same "
             "bit for bit; give a device_budget that leaves the model more room",
-            self.homes.num_slots - num_slots, self.homes.num_slots,
+            had - num_lasting, had,
         )  # fmt: skip
-        homes = replace(self.homes, num_slots=num_slots)
-        assert num_slots or homes.num_staging, "the step with neither fails"
+        num_slots = len(self.pool.slots)
+        homes = replace(self.homes, num_slots=num_slots, num_passing_slots=num_slots - num_lasting)
+        if num_slots == 0 and homes.num_staging == 0:  # that step went through passing slots, which are none alone
+            homes = replace(homes, num_staging=NUM_STAGING)
+            self.pool.set_stagings(homes.num_staging, homes.staging_bytes(self.subgroups))
         self._claim = Claim.of(homes, self.subgroups, self._accelerator)
         return True
+
+    @property
+    def accelerator_device(self) -> torch.device | None:
+        """Of the parameters; None for the CPU."""
+        return None if self._accelerator is None else self._accelerator.device
+
+    @property
+    def num_lasting_slots(self) -> int:
+        """Slots that have their memory all the time."""
+        return self.homes.num_slots - self.homes.num_passing_slots
+
+    def set_passing_slots(self, num_slots: int) -> None:
+        """Have so many slots beside those that last, see [Note: passing slots] in :mod:`offload.executor`.
+
+        New ones have no memory yet. No update is in flight.
+        """
+        self.pool.set_passing_slots(num_slots)
+        homes = replace(self.homes, num_slots=self.num_lasting_slots + num_slots, num_passing_slots=num_slots)
+        self._claim = Claim.of(homes, self.subgroups, self._accelerator)

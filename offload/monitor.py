@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -51,11 +52,15 @@ class MemorySample:
     device_used_bytes: int | None  # of the whole device, all processes, by NVML
     rss_bytes: int | None  # resident memory of this process
     pinned_bytes: int  # page-locked by this package
+    is_end: bool = True  # of its phase; False: taken within, by :meth:`MemoryMonitor.split`
 
 
 @dataclass(frozen=True, slots=True)
 class PhaseProfile:
-    """The highest of each figure of :class:`MemorySample` in one phase over some steps, and its mean duration."""
+    """The highest of each figure of :class:`MemorySample` in one phase over some steps, and its mean duration.
+
+    ``num_samples`` counts phases that ended.
+    """
 
     num_samples: int
     mean_duration_s: float
@@ -112,8 +117,14 @@ class MemoryMonitor:
         self._last_read_s: dict[Phase, float] = {}
         self._step = 0
         self._hooks: PhaseHooks | None = None
+        self._listeners: list[weakref.WeakMethod[Callable[[Phase], None]]] = []
         if self._accelerator is not None:
             self._accelerator.reset_peak_memory()
+
+    @property
+    def device(self) -> torch.device | None:
+        """What is followed; None: no accelerator."""
+        return None if self._accelerator is None else self._accelerator.device
 
     @property
     def current_phase(self) -> Phase:
@@ -145,6 +156,18 @@ class MemoryMonitor:
             if self._phase is Phase.UPDATE:
                 self._step += 1
             self._phase = phase
+        for listener in self._listeners:
+            if (call := listener()) is not None:
+                call(phase)
+
+    def split(self) -> MemorySample:
+        """Take a sample within the current phase, which goes on. The allocator's peak starts anew."""
+        with self._lock:
+            return self._take_sample(is_end=False)
+
+    def tell(self, listener: Callable[[Phase], None]) -> None:
+        """Call ``listener``, a bound method, as each phase begins, as long as its object is there."""
+        self._listeners.append(weakref.WeakMethod(listener))
 
     def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Let ``model`` and ``optimizer`` set the phases by hooks, until :meth:`detach`.
@@ -212,7 +235,7 @@ class MemoryMonitor:
             return "no samples yet: run one training step under the monitor"
         return format_table(rows) + "\nmemory in MiB, the highest of the last steps; '-': no such figure"
 
-    def _take_sample(self) -> None:
+    def _take_sample(self, *, is_end: bool = True) -> MemorySample:
         """Record the phase that ends now. The lock is held."""
         now_s = self._clock()
         last_read_s = self._last_read_s.get(self._phase)
@@ -223,21 +246,22 @@ class MemoryMonitor:
         if self._accelerator is not None:
             memory = self._accelerator.memory()
             self._accelerator.reset_peak_memory()
-        self._samples.append(
-            MemorySample(
-                t_s=now_s,
-                duration_s=now_s - self._phase_start_s,
-                step=self._step,
-                phase=self._phase,
-                allocated_bytes=None if memory is None else memory.allocated_bytes,
-                peak_allocated_bytes=None if memory is None else memory.peak_allocated_bytes,
-                reserved_bytes=None if memory is None else memory.reserved_bytes,
-                device_used_bytes=self._nvml.used_bytes() if read and self._nvml is not None else None,
-                rss_bytes=self._host.rss_bytes() if read else None,
-                pinned_bytes=pinned_bytes(),
-            )
+        sample = MemorySample(
+            t_s=now_s,
+            duration_s=now_s - self._phase_start_s,
+            step=self._step,
+            phase=self._phase,
+            allocated_bytes=None if memory is None else memory.allocated_bytes,
+            peak_allocated_bytes=None if memory is None else memory.peak_allocated_bytes,
+            reserved_bytes=None if memory is None else memory.reserved_bytes,
+            device_used_bytes=self._nvml.used_bytes() if read and self._nvml is not None else None,
+            rss_bytes=self._host.rss_bytes() if read else None,
+            pinned_bytes=pinned_bytes(),
+            is_end=is_end,
         )
+        self._samples.append(sample)
         self._phase_start_s = now_s
+        return sample
 
 
 def _find_accelerator(device: torch.device | str | None) -> Accelerator | None:
@@ -254,9 +278,10 @@ def _as_phase(phase: Phase | str) -> Phase:
 
 
 def _summarize(samples: list[MemorySample]) -> PhaseProfile:
+    num_samples = max(1, sum(sample.is_end for sample in samples))
     return PhaseProfile(
-        num_samples=len(samples),
-        mean_duration_s=sum(sample.duration_s for sample in samples) / len(samples),
+        num_samples=num_samples,
+        mean_duration_s=sum(sample.duration_s for sample in samples) / num_samples,
         allocated_bytes=_highest(sample.allocated_bytes for sample in samples),
         peak_allocated_bytes=_highest(sample.peak_allocated_bytes for sample in samples),
         reserved_bytes=_highest(sample.reserved_bytes for sample in samples),

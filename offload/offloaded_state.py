@@ -29,6 +29,7 @@ from offload.layout import (
 )
 from offload.live import publish_if_asked
 from offload.masters import MasterTable
+from offload.monitor import MemoryMonitor
 from offload.optimizer_state import (
     check_state,
     copy_entries,
@@ -66,6 +67,8 @@ class OffloadedState(Insight):
         pinned_budget: int | str | None = None,
         subgroup_numel: int | None = None,
         num_slots: int | None = None,
+        num_passing_slots: int = 0,
+        memory_monitor: MemoryMonitor | None = None,
         profile: HardwareProfile | Rates | str | None = None,
         overlap: Overlap = "auto",
         on_nonfinite: OnNonFinite = "error",
@@ -81,6 +84,8 @@ class OffloadedState(Insight):
             pinned_budget=pinned_budget,
             subgroup_numel=subgroup_numel,
             num_slots=num_slots,
+            num_passing_slots=num_passing_slots,
+            memory_monitor=memory_monitor,
             profile=profile,
             overlap=overlap,
         )
@@ -263,7 +268,9 @@ class OffloadedState(Insight):
             index: Source(actions.state, [flat(item.param) for item in actions.slices], partial(self._changed, actions))
             for index, actions in enumerate(self.runtime.actions)
         }
-        self._snapshot = Snapshot(path, self.runtime.begin_copies(sources, copy_bytes))
+        runtime = self.runtime
+        copier = runtime.copies.begin(sources, copy_bytes, runtime.plan, runtime.bill)
+        self._snapshot = Snapshot(path, copier)
         return self._snapshot
 
     def finish_snapshot(self) -> None:
@@ -283,7 +290,7 @@ class OffloadedState(Insight):
             "defaults": self.defaults,
             "param_groups": self.param_groups,
             "state": copy_entries(self.state),
-            "_options": self._options,
+            "_options": replace(self._options, num_passing_slots=0, memory_monitor=None),
             "on_nonfinite": self.on_nonfinite,
             "state_format": self.state_format,
             "rounding_seed": self.rounding_seed,

@@ -41,6 +41,10 @@ class OffloadedOptimizer(OffloadedState):
         subgroup_numel: parameters in a subgroup, about: whole parameters are packed. None takes a 24th of the
             model, within 2**20 and 1e8.
         num_slots: device buffers, each for one subgroup's state.
+        num_passing_slots: so many more, in memory that backward gives back, from there until the update is enqueued and
+            beyond ``device_budget``; where ``plan`` is an :class:`offload.Plan`, the last of its slots. They never
+            raise the step's peak: there are as many as ``memory_monitor`` found room for in one of the first steps.
+        memory_monitor: attached to the model; see :class:`offload.MemoryMonitor`.
         profile: what ``plan="auto"`` believes of the machine until it has measured: a :class:`HardwareProfile`, its
             name or file, or :class:`Rates`; None starts with a plan that measures both sides. Of a profile's cores and
             host memory a rank gets the share that LOCAL_WORLD_SIZE ranks leave it, if a launcher has set that.

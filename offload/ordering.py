@@ -10,6 +10,7 @@ from offload.executor import (
     enqueue_early,
     enqueue_in_backward,
     enqueue_update,
+    lend,
     run_update,
 )
 from offload.lanes import Event, Lanes, Work
@@ -18,12 +19,15 @@ from offload.plan import OpKind, Placement, Plan, PlanError
 from offload.subgroup import Slot, Staging, Subgroup
 
 
-def find_hazards(plans: Sequence[Plan], subgroups: Sequence[Subgroup], *, overlapped: bool = False) -> list[str]:
+def find_hazards(
+    plans: Sequence[Plan], subgroups: Sequence[Subgroup], *, overlapped: bool = False, num_passing_slots: int = 0
+) -> list[str]:
     """Run ``plans``, one step each with a backward before and a forward after, and name what no wait orders.
 
     Args:
         overlapped: each update runs beside the next forward, which waits for a subgroup where it reads that, and what
             may be enqueued early is enqueued in backward.
+        num_passing_slots: of the slots, the last, whose memory the last layer's backward uses before.
 
     Returns:
         One sentence for each pair of conflicting accesses that may run in either order; empty if there is none.
@@ -36,10 +40,22 @@ def find_hazards(plans: Sequence[Plan], subgroups: Sequence[Subgroup], *, overla
     for plan in plans:
         _submit_forward(subgroups, lanes, overlapped)
         begun = early_operations(plan) if overlapped else []
-        for op in begun:
-            if op.kind is OpKind.PREFETCH:
-                enqueue_early(op, subgroups, slots, stagings, lanes, grads_ready=lanes.compute.mark())
+        up = {op.buffer: op for op in begun if op.kind is OpKind.PREFETCH}
         down = {op.subgroup: op for op in begun if op.kind is OpKind.GRAD_DOWN}
+        passing = slots[len(slots) - num_passing_slots :]
+        for slot in passing:
+            if slot.drained is not None:
+                lanes.compute.wait(slot.drained)  # as the allocator hands memory on
+        for slot in slots:
+            if slot.index in up and slot not in passing:
+                op = up[slot.index]
+                enqueue_early(op, subgroups, slots, stagings, lanes, grads_ready=lanes.compute.mark())
+        lanes.compute.submit(Work("backward", writes=tuple(slot.name for slot in passing)))
+        for slot in passing:
+            lend(slot, None, lanes.compute)
+            if slot.index in up:
+                op = up[slot.index]
+                enqueue_early(op, subgroups, slots, stagings, lanes, grads_ready=lanes.compute.mark())
         for subgroup in reversed(subgroups):
             lanes.compute.submit(Work("backward", reads=(subgroup.param_name,), writes=(subgroup.grad_name,)))
             if subgroup.index in down:
@@ -92,9 +108,11 @@ def _submit_forward(subgroups: Sequence[Subgroup], lanes: Lanes, overlapped: boo
         lanes.compute.submit(Work("forward", reads=(subgroup.param_name,)))
 
 
-def check_ordering(plans: Sequence[Plan], subgroups: Sequence[Subgroup], *, overlapped: bool = False) -> None:
+def check_ordering(
+    plans: Sequence[Plan], subgroups: Sequence[Subgroup], *, overlapped: bool = False, num_passing_slots: int = 0
+) -> None:
     """Raise :class:`PlanError` if :func:`find_hazards` finds any."""
-    _refuse(find_hazards(plans, subgroups, overlapped=overlapped), plans)
+    _refuse(find_hazards(plans, subgroups, overlapped=overlapped, num_passing_slots=num_passing_slots), plans)
 
 
 def check_ordering_in_backward(plans: Sequence[Plan], subgroups: Sequence[Subgroup]) -> None:

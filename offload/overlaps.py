@@ -77,7 +77,7 @@ def ways_to_hide(
         room = max(room_in_backward(layers, until_next_forward=overlap == "next_forward"))
         most = min(MAX_PASSING_SLOTS, room // slot_bytes if slot_bytes else 0)
         for in_backward in (False,) if clips else (False, True):
-            for num in dict.fromkeys((0, most)):
+            for num in (0,) if in_backward else dict.fromkeys((0, most)):
                 yield Hiding(overlap, in_backward, num)
 
 

@@ -78,7 +78,7 @@ class Hiding:
         overlap: as in :class:`offload.AdamW`, "auto" aside.
         in_backward: a subgroup's update begins once its gradient is final; exact only without gradient clipping.
         num_passing_slots: slots, the last of a plan's, that exist from when backward gave their memory back until the
-            update is over.
+            update is over. Not where the update begins in backward.
     """
 
     overlap: Overlap = "none"
@@ -90,6 +90,11 @@ class Hiding:
             raise ValueError("overlap='auto' is no schedule to predict; give 'none', 'backward' or 'next_forward'")
         if self.overlap == "none" and (self.in_backward or self.num_passing_slots):
             raise ValueError("with overlap='none' nothing of the update runs in backward; give another overlap")
+        if self.in_backward and self.num_passing_slots:
+            raise ValueError(
+                f"num_passing_slots={self.num_passing_slots}: an update that begins in backward goes through lasting "
+                f"slots only; leave one of the two out"
+            )
 
     @property
     def has_conductor(self) -> bool:
@@ -232,13 +237,10 @@ class _Training:
         for layer, made in zip(reversed(self._layers), reversed(self._of_layer), strict=True):
             backward.append(_submit(lanes, "backward", layer.backward_s))
             final |= {subgroup.index: backward[-1] for subgroup in made}
-        slot_there = {slot: backward[i] for i in range(len(backward)) for slot in self._slots_given_back(i)}
         lanes.h2d.wait(backward[0])  # with the first gradient the update begins
         for op in self._plan.ops:
             if op.kind in (OpKind.UPDATE_GPU, OpKind.UPDATE_RESIDENT):
                 lanes.update.wait(final[op.subgroup])
-            if op.kind is OpKind.PREFETCH and op.buffer in slot_there:
-                lanes.h2d.wait(slot_there.pop(op.buffer))
             enqueue_early(op, *self._buffers, lanes, grads_ready=final[op.subgroup])
         return backward
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from offload.beliefs import Measurement
 from offload.controller import Controller, Decision
 from offload.final_gradients import in_order_of
-from offload.homes import Homes, first_plan
+from offload.homes import Homes, first_plan, lowered, through_slots
 from offload.memory import SubgroupMemory
 from offload.options import Options
 from offload.ordering import check_ordering, check_ordering_in_backward
 from offload.perf_model import Rates
-from offload.plan import Placement, Plan, lower
+from offload.plan import Placement, Plan
 from offload.pool import BudgetError, format_bytes
 from offload.subgroup import Subgroup
 
@@ -50,6 +51,7 @@ class PlanInForce:
         self._memory = memory
         self._is_offloaded = is_offloaded
         self._chooses = options.policy == "auto"
+        self._asked = options.policy if isinstance(options.policy, Plan) else None
         self._in_backward: Plan | None = None  # the last one that was checked
 
     def first(self, subgroups: Sequence[Subgroup], homes: Homes) -> FirstPlan:
@@ -66,26 +68,27 @@ class PlanInForce:
 
     def set(self, plan: Plan) -> None:
         """Put ``plan`` in force and stop choosing. Raises as :meth:`offload.runtime.Runtime.set_plan`."""
-        self._check(plan, self._memory.subgroups, self._memory.homes)
-        self.plan = plan
-        self._chooses = False
+        homes, memory, num_passing = self._memory.homes, self._memory, self._options.num_passing_slots
+        num_slots = memory.num_lasting_slots + num_passing
+        self._check(plan, memory.subgroups, replace(homes, num_slots=num_slots, num_passing_slots=num_passing))
+        self._asked, self._chooses = plan, False
+        self.plan = through_slots(plan, homes)
 
     def in_order_of(self, order: Sequence[int]) -> Plan:
         """The plan for a step that begins in backward, where gradients become final in ``order``."""
-        plan = in_order_of(self.plan, list(order))
+        plan = in_order_of(self.plan, list(order), num_slots=self._memory.num_lasting_slots)
         if plan != self._in_backward:
             check_ordering_in_backward([plan, plan], self._memory.subgroups)
             self._in_backward = plan
         return plan
 
-    def go_on_with_fewer_slots(self) -> None:
-        """Lower the same placements to the slots that are left; without any, the CPU updates what visited."""
+    def go_on_with_other_slots(self) -> None:
+        """The plan that was asked for, if there are slots for it; else the same placements, lowered to those there are.
+
+        Without any, the CPU updates what visited.
+        """
         homes, subgroups = self._memory.homes, self._memory.subgroups
-        where = [
-            Placement.HOST if each is Placement.DEVICE and homes.num_slots == 0 else each
-            for _, each in sorted(self.plan.placements.items())
-        ]
-        self.plan = lower(where, num_slots=homes.num_slots, num_staging=homes.num_staging)
+        self.plan = lowered(self.plan, homes) if self._asked is None else through_slots(self._asked, homes)
         self.controller = self._new_controller(subgroups, homes) if homes.num_slots else None
         self._check(self.plan, subgroups, homes)
 
@@ -139,7 +142,8 @@ class PlanInForce:
                 f"with this plan, and raise pinned_budget if one is set"
             )
         for overlapped in {False, self._options.overlap != "none"}:
-            check_ordering([self.plan, plan, plan], subgroups, overlapped=overlapped)
+            num_passing = homes.num_passing_slots if overlapped else 0
+            check_ordering([self.plan, plan, plan], subgroups, overlapped=overlapped, num_passing_slots=num_passing)
 
     def _new_controller(self, subgroups: Sequence[Subgroup], homes: Homes) -> Controller | None:
         """For "auto" on an accelerator. Parameters that join later start it anew, from the rates known by then.

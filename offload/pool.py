@@ -80,6 +80,7 @@ class MemoryBill:
     ring_bytes: int = 0  # pinned
     slot_bytes: int = 0  # on the device
     resident_bytes: int = 0  # on the device
+    passing_bytes: int = 0  # on the device, within each step: memory that backward gives back, no part of device_bytes
     snapshot_bytes: int = 0  # pageable, while a checkpoint is written beside training
     is_pinned: bool = True  # False where the parameters are in host memory: then nothing has to be
 
@@ -154,6 +155,7 @@ class MemoryBill:
             f"host state {format_bytes(self.host_state_bytes)} ({format_bytes(pinned_state_bytes)} pinned), "
             f"staging {format_bytes(self.staging_bytes)}{pinned}, {ring}"
             f"device slots {format_bytes(self.slot_bytes)}, resident state {format_bytes(self.resident_bytes)}"
+            f"{_part('slots in freed memory', self.passing_bytes)}"
         )
 
 
@@ -186,6 +188,8 @@ class Pool:
         self.stagings: list[Staging] = []
         self._device = device
         self._accelerator = accelerator
+        self._slot_bytes = 0
+        self._slot_streams: Sequence[torch.Stream] = ()
         self._tally = _PinnedTally()
         weakref.finalize(self, self._tally.release)
 
@@ -211,24 +215,41 @@ class Pool:
         Fewer where the device has no more memory. Raises torch.OutOfMemoryError if it has not enough for one.
         """
         self.slots = []  # the old ones go first, so that the device never holds both
+        self._slot_bytes, self._slot_streams = state_bytes, streams
         for i in range(num_slots):
-            try:
-                buffer = torch.empty(state_bytes, dtype=torch.uint8, device=self._device)
-            except torch.OutOfMemoryError:
-                if i == 0:
-                    raise
+            buffer = self.slot_memory(needed=i == 0)
+            if buffer is None:
                 break
-            for stream in streams:  # the allocator may hand the memory on only when these streams are done with it
-                buffer.record_stream(stream)
             self.slots.append(Slot(i, buffer))
 
+    def slot_memory(self, *, needed: bool = False) -> Tensor | None:
+        """Memory for one slot, on the current stream; where the device has none, None or, if ``needed``, an error."""
+        try:
+            buffer = torch.empty(self._slot_bytes, dtype=torch.uint8, device=self._device)
+        except torch.OutOfMemoryError:
+            if needed:
+                raise
+            return None
+        for stream in self._slot_streams:  # the allocator may hand it on only when these streams are done with it
+            buffer.record_stream(stream)
+        return buffer
+
+    def set_passing_slots(self, num_slots: int) -> None:
+        """Have so many slots behind those that last: the first of those there are, and new ones without memory yet."""
+        num_lasting = sum(not slot.passes for slot in self.slots)
+        passing = self.slots[num_lasting:][:num_slots]
+        new = range(num_lasting + len(passing), num_lasting + num_slots)
+        self.slots[num_lasting:] = [*passing, *(Slot(i, passes=True) for i in new)]
+
     def drop_lost_slots(self) -> int:
-        """Forget the slots whose memory was given back, number the others anew, and say how many there are."""
-        if any(slot.buffer is None for slot in self.slots):
-            self.slots = [slot for slot in self.slots if slot.buffer is not None]
+        """Forget the slots whose memory was given back, number the others anew, and say how many last."""
+        if any(slot.is_lost for slot in self.slots):
+            self.slots = [slot for slot in self.slots if not slot.is_lost]
+            if all(slot.passes for slot in self.slots):
+                self.slots = []
             for i, slot in enumerate(self.slots):
                 slot.index = i
-        return len(self.slots)
+        return sum(not slot.passes for slot in self.slots)
 
     def set_ring(self) -> PinnedRing:
         """The ring that states pass through whose pinning was refused. Pageable itself if it cannot be pinned."""

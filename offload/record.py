@@ -100,7 +100,12 @@ class StepRecord:
             plan=Plan.parse(content["plan"]),
             sizes=tuple((numel, param, state) for numel, param, state in content["sizes"]),
             homes=Homes(
-                residents, visitors, homes["num_slots"], homes["num_staging"], frozenset(homes.get("ringed", ()))
+                residents,
+                visitors,
+                homes["num_slots"],
+                homes["num_staging"],
+                frozenset(homes.get("ringed", ())),
+                homes.get("num_passing_slots", 0),
             ),
             policy=content["policy"],
             asked_slots=content["asked_slots"],

@@ -22,10 +22,15 @@ FLOAT32_BYTES = 4
 
 @dataclass(slots=True, eq=False)
 class Slot:
-    """A device buffer for the state of one subgroup at a time (bytes), and when it was last used."""
+    """A device buffer for the state of one subgroup at a time (bytes), and when it was last used.
+
+    Attributes:
+        passes: its memory comes and goes within each step, see [Note: passing slots] in :mod:`offload.executor`.
+    """
 
     index: int
     buffer: Tensor | None = None
+    passes: bool = False
     filled: Event | None = None
     updated: Event | None = None
     drained: Event | None = None
@@ -33,6 +38,11 @@ class Slot:
     @property
     def name(self) -> tuple[str, int]:
         return ("slot", self.index)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether it was to last, and its memory was given back; see [Note: a slot less] in the executor."""
+        return self.buffer is None and not self.passes
 
 
 @dataclass(slots=True, eq=False)

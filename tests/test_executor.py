@@ -31,6 +31,7 @@ NUMELS = (5, 33, 16, 7, 40, 1, 24)
 DTYPES = (torch.bfloat16, torch.float32)
 NUM_SUBGROUPS = len(NUMELS)
 NUM_BUFFERS = 3
+NUM_PASSING = 1  # of the slots, where updates are overlapped
 STATE_ROWS = 3
 
 
@@ -67,6 +68,7 @@ class Executor(Protocol):
     early_operations: Callable[[Plan], list[Op]]
     enqueue_early: Callable[..., None]
     await_params: Callable[[Subgroup, Lane], None]
+    lend: Callable[[Slot, Tensor | None, Lane], None]
 
 
 # When updates run: between backward and forward; beside the next forward, with early transfers; or in backward, each as
@@ -114,7 +116,16 @@ class Model:
             return
         buffers = self._subgroups, self._slots, self._stagings
         begun = self._executor.early_operations(plan) if self._schedule == "overlapped" else []
-        self._enqueue_early([op for op in begun if op.kind is OpKind.PREFETCH])
+        up = [op for op in begun if op.kind is OpKind.PREFETCH]
+        passing = self._slots[-NUM_PASSING:] if self._schedule == "overlapped" else []
+        for slot in passing:
+            if slot.drained is not None:
+                self.lanes.compute.wait(slot.drained)  # as the allocator hands memory on
+        self._enqueue_early([op for op in up if self._slots[op.buffer] not in passing])
+        self.lanes.compute.submit(Work("backward", partial(self._use_activations, passing)))
+        for slot in passing:
+            self._executor.lend(slot, slot.buffer, self.lanes.compute)
+        self._enqueue_early([op for op in up if self._slots[op.buffer] in passing])
         for i in reversed(range(NUM_SUBGROUPS)):
             self.lanes.compute.submit(Work("backward", partial(self._backward, self._step, i)))
             self._enqueue_early([op for op in begun if op.kind is OpKind.GRAD_DOWN and op.subgroup == i])
@@ -160,6 +171,13 @@ class Model:
     def _backward(self, step: int, index: int) -> None:
         param = self.params[index]
         self.grads[index].copy_(loss_gradient(param, step, index))
+
+    @staticmethod
+    def _use_activations(passing: Sequence[Slot]) -> None:
+        """What backward does in the memory that passing slots will have."""
+        for slot in passing:
+            assert slot.buffer is not None
+            slot.buffer.fill_(torch.nan)
 
     def _read_all(self) -> None:
         """As the recomputation of a layer that many share."""
@@ -307,11 +325,14 @@ def find_hazards(run: Run, executor: Executor, *, schedule: Schedule) -> list[st
             "early_operations",
             "enqueue_early",
             "await_params",
+            "lend",
         ):
             patch.setattr(ordering, name, getattr(executor, name))
         if schedule == "in backward":
             return ordering.find_hazards_in_backward(plans, subgroups)
-        return ordering.find_hazards(plans, subgroups, overlapped=schedule == "overlapped")
+        overlapped = schedule == "overlapped"
+        num_passing = NUM_PASSING if overlapped else 0
+        return ordering.find_hazards(plans, subgroups, overlapped=overlapped, num_passing_slots=num_passing)
 
 
 @dataclass(frozen=True)
@@ -361,14 +382,15 @@ def executor_without(name: str) -> Executor:
 
 # Steps in which every dependency orders something that nothing else orders: staging buffers and slots are used again
 # within a step, the state flushed last is prefetched first, and into a slot that was drained before; once the
-# parameters that go up first are those whose gradient comes down first, long before backward is done.
+# parameters that go up first are those whose gradient comes down first, long before backward is done; once the last
+# slot is used, which has its memory from backward where updates are overlapped.
 WITNESS = Run(
     plans=tuple(
         Plan.parse(text)
         for text in (
             "D0@0 C0@0 U0@0 D1@0 C1@0 U1@0 D5@1 D6@2 C6@2 C5@1 U5@1 U6@2 P2@1 G2@1 F2@1 P3@1 G3@1 F3@1 P4@0 G4@0 F4@0",
             "P4@1 G4@1 F4@1 D0@0 C0@0 U0@0 D1@0 C1@0 U1@0 P2@0 G2@0 F2@0 P3@1 G3@1 F3@1 D5@1 D6@2 C6@2 C5@1 U5@1 U6@2",
-            "D6@2 C6@2 U6@2 D5@1 C5@1 U5@1 D0@0 C0@0 U0@0 D1@0 C1@0 U1@0 P2@0 G2@0 F2@0 P3@1 G3@1 F3@1 P4@0 G4@0 F4@0",
+            "D6@2 C6@2 U6@2 D5@1 C5@1 U5@1 D0@0 C0@0 U0@0 D1@0 C1@0 U1@0 P2@0 G2@0 F2@0 P3@1 G3@1 F3@1 P4@2 G4@2 F4@2",
             "P2@0 G2@0 F2@0 P3@0 G3@0 F3@0 P4@1 G4@1 F4@1 D0@0 C0@0 U0@0 D1@0 C1@0 U1@0 D5@1 D6@2 C6@2 C5@1 U5@1 U6@2",
         )
     ),
@@ -378,6 +400,7 @@ WITNESS_RESULT = train_in_order(WITNESS.idle)
 
 
 UPDATE_WAIT, UPLOAD_WAIT = "lanes.update.wait(grads_ready(subgroup))", "lanes.h2d.wait(backward)"
+LENDING = "slot.drained = compute.mark()"
 
 
 def is_needed(name: str, *, schedule: Schedule) -> bool:
@@ -388,6 +411,7 @@ def is_needed(name: str, *, schedule: Schedule) -> bool:
     needed_in: dict[str, tuple[Schedule, ...]] = {
         UPDATE_WAIT: ("overlapped", "in backward"),
         UPLOAD_WAIT: ("overlapped",),
+        LENDING: ("overlapped",),
     }
     return schedule in needed_in.get(name, SCHEDULES)
 
@@ -403,7 +427,7 @@ def test_dependencies_are_read_from_the_source() -> None:
         assert count[kind] > 0, f"no dependency of {kind.name} was found"
     assert count[None] > 0
     assert SOURCE.count("after=") == SOURCE.count(".submit(") - 1  # all but the resident update's are looked into
-    assert {UPDATE_WAIT, UPLOAD_WAIT} < set(NAMES)
+    assert {UPDATE_WAIT, UPLOAD_WAIT, LENDING} < set(NAMES)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

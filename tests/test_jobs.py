@@ -12,7 +12,7 @@ import pytest
 from offload.estimate import SHAPES, ModelCost, parse_shape, transformer_cost
 from offload.hardware import HardwareProfile
 from offload.jobs import TrainingJob, equal_subgroups, plan_job
-from offload.overlaps import MAX_PASSING_SLOTS
+from offload.overlaps import MAX_PASSING_SLOTS, hide
 from offload.perf_model import predict
 from offload.phases import IN_ORDER, Hiding, predict_step
 from offload.plan import Placement, Plan
@@ -88,14 +88,16 @@ def test_ways_to_hide_the_update_are_ranked_by_the_step() -> None:
 def test_slots_in_what_backward_frees_take_nothing_at_the_peak() -> None:
     """Without recomputation backward frees gigabytes: more slots pass, and the step's peaks stay the same."""
     cost = transformer_cost("llama-7b", SHAPES["llama-7b"], micro_batch=1, seq=2048, recompute=False)
-    found = plan_job(TrainingJob(cost, NODE, num_ranks=8, clips=False), Budgets(device_bytes=3 * 2**30))
-    assert found.hidden[0].hiding.num_passing_slots == MAX_PASSING_SLOTS
-    assert found.choice.plan.num_buffers(Placement.DEVICE) == found.choice.homes.num_slots + MAX_PASSING_SLOTS
-    without = next(h for h in found.hidden if h.hiding == Hiding("backward", in_backward=True))
-    assert found.step.step_s < 0.95 * without.step_s
+    found = plan_job(TrainingJob(cost, NODE, num_ranks=8), Budgets(device_bytes=3 * 2**30))
+    passing = next(hidden for hidden in found.hidden if hidden.hiding.num_passing_slots)
+    without = next(hidden for hidden in found.hidden if hidden.hiding == Hiding("backward"))
+    assert passing.hiding == Hiding("backward", num_passing_slots=MAX_PASSING_SLOTS)
+    assert passing.step_s < 0.95 * without.step_s
     subgroups, layers = found.job.subgroups(), cost.layers(NODE, found.memory.grad_bytes)
-    plain = predict_step(found.decision.best.plan, subgroups, found.job.rates(), layers)
-    assert max(found.step.peak_bytes.values()) <= max(plain.peak_bytes.values())
+    best, rates = found.decision.best.plan, found.job.rates()
+    ((_, step),) = hide(best, subgroups, rates, layers, [passing.hiding])
+    assert step.plan.num_buffers(Placement.DEVICE) == found.choice.homes.num_slots + MAX_PASSING_SLOTS
+    assert max(step.peak_bytes.values()) <= max(predict_step(best, subgroups, rates, layers).peak_bytes.values())
 
 
 def test_a_budget_that_the_device_does_not_hold_is_told() -> None:

@@ -57,7 +57,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
             {"planner", "tracing", "overlaps"},
             {"candidates"},
             {"controller", "jobs", "memory"},
-            {"plan_in_force"},
+            {"plan_in_force", "passing_slots"},
             {"runtime", "streaming"},
             {"record", "live", "update_in_backward"},
             {"arguments", "explain", "verdict"},

@@ -153,6 +153,8 @@ def test_room_in_backward() -> None:
 
 def test_what_cannot_be_hidden_is_told() -> None:
     plan = Plan.parse("P0@0 G0@0 F0@0")
+    with pytest.raises(ValueError, match="num_passing_slots=1: an update that begins in backward"):
+        Hiding("backward", in_backward=True, num_passing_slots=1)
     with pytest.raises(ValueError, match=r"num_passing_slots=1 are too many: backward gives back 0 bytes, for 0 slots"):
         predict_step(plan, subgroups(1), BY_HAND, LAYERS, Hiding("backward", num_passing_slots=1))
     with pytest.raises(ValueError, match="overlap='auto' is no schedule"):

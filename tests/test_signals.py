@@ -49,6 +49,15 @@ def test_handler_runs_at_the_end(number: int) -> None:
         signal.raise_signal(number)  # as before
 
 
+@pytest.fixture
+def default_interrupt() -> Iterator[None]:
+    """Python's own handler, which a job that a shell runs in the background does not begin with."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("default_interrupt")
 def test_second_interrupt_is_heard_at_once() -> None:
     def stuck() -> None:
         with deferred_signals():
@@ -61,6 +70,7 @@ def test_second_interrupt_is_heard_at_once() -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.usefixtures("number")
 def test_handlers_are_what_they_were_after_an_error() -> None:
     before = [signal.getsignal(each) for each in DEFERRED]
     with pytest.raises(ValueError), deferred_signals():

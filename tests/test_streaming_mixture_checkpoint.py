@@ -17,6 +17,7 @@ from offload.streaming.checkpoint import map_checkpoint
 from offload.streaming.host_memory import RING_LENGTH
 from offload.streaming.piecewise import PiecewiseParameter
 from tests.streaming_models import poison_freed_places
+from tests.test_streaming import limit_host_memory
 from tests.training import assert_same_bits
 
 transformers = pytest.importorskip("transformers")
@@ -83,7 +84,9 @@ def loaded(folder: Path, device: str) -> Any:
 
 
 @pytest.mark.parametrize("make", [mixtral, qwen2_moe, qwen3_moe])
-def test_the_same_bits_as_when_it_is_loaded(make: Callable[[], Any], poison: list[int], tmp_path: Path) -> None:
+def test_the_same_bits_as_when_it_is_loaded(
+    make: Callable[[], Any], poison: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = saved(make, tmp_path)
     assert len([*folder.glob("*.safetensors")]) > 2
     assert any(f"experts.{NUM_EXPERTS - 1}." in name for name in map_checkpoint(folder)), "each expert has its names"
@@ -99,6 +102,11 @@ def test_the_same_bits_as_when_it_is_loaded(make: Callable[[], Any], poison: lis
     assert 0 < counts.num_loads <= counts.num_visits
     assert poison[0] > 0, "places were given away"
     assert_same_bits(dict(model.state_dict()), dict(state))
+    with monkeypatch.context() as patch:
+        limit_host_memory(patch, sum(param.nbytes for param in fused) - 1)
+        with pytest.raises(offload.BudgetError, match="experts that files hold apart take"):
+            handle.remove()
+    assert torch.equal(logits(model), want)
     handle.remove()
     assert not any(isinstance(p, PiecewiseParameter) for p in model.parameters())
     model.set_experts_implementation("eager")

@@ -401,7 +401,7 @@ def test_order_is_that_of_the_last_arrivals() -> None:
 
 def test_plan_in_order_of_gradients() -> None:
     plan = Plan.parse("D0@0 P1@0 D2@1 C0@0 G1@0 F1@0 P3@0 C2@1 U0@0 G3@0 F3@0 U2@1 R4")
-    reordered = in_order_of(plan, [4, 3, 2, 1, 0])
+    reordered = in_order_of(plan, [4, 3, 2, 1, 0], num_slots=1)
     assert str(reordered) == "P3@0 R4 G3@0 F3@0 P1@0 D2@0 C2@0 G1@0 F1@0 D0@1 C0@1 U2@0 U0@1"
     assert reordered.placements == plan.placements
     reordered.validate(5, resident={4})

@@ -52,6 +52,9 @@ class DeviceModule:
     def is_initialized(self) -> bool:
         return True
 
+    def _lazy_init(self) -> None:
+        """Nothing is left to do; without it, torch 2.10 takes the device for unused and synchronize() does nothing."""
+
     def _is_in_bad_fork(self) -> bool:
         return False
 

@@ -23,6 +23,7 @@ from offload.streaming.host_memory import HostMemory, check_room
 from offload.streaming.newcomers import Newcomers
 from offload.streaming.order import CallOrder
 from offload.streaming.packing import PackedLayer, Packing
+from offload.streaming.piecewise import PiecewiseParameter
 from offload.streaming.placement import Room, StreamBill, StreamPlan
 from offload.streaming.prediction import Machine, PassPrediction
 from offload.streaming.progress import Progress, WatchedGenerate
@@ -280,7 +281,13 @@ class StreamHandle:
         self._lanes.synchronize()
 
     def remove(self) -> None:
-        """Stop streaming: the model is an ordinary one on the CPU again. Calling it twice does nothing."""
+        """Stop streaming: the model is an ordinary one on the CPU again. Calling it twice does nothing.
+
+        Raises:
+            BudgetError: before anything is done, if host memory does not hold experts that files hold in pieces.
+        """
+        apart = [param for param in self._model.parameters() if isinstance(param, PiecewiseParameter)]
+        check_room(sum(param.nbytes for param in apart), "experts that files hold apart take, put together,")
         for wrapped in self._wrapped:
             wrapped.remove()
         for module in self._guarded:
