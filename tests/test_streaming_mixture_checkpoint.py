@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -164,6 +165,14 @@ def test_experts_that_transformers_computes_are_refused(tmp_path: Path, monkeypa
     monkeypatch.setattr(conversion, "_merges_experts", lambda converter: False)
     with pytest.raises(ValueError, match=r"gate_up_proj of \S*experts\.0\.w1\.weight by .* take all experts"):
         streamed(saved(mixtral, tmp_path))
+
+
+def test_names_are_taken_as_they_are_where_nobody_maps_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of models that are not transformers', and by transformers before version 5."""
+    tensors = {"a": torch.zeros(1)}
+    assert conversion.as_named_by(nn.Linear(1, 1), tensors) == tensors
+    monkeypatch.setitem(sys.modules, "transformers.conversion_mapping", None)
+    assert conversion.as_named_by(mixtral(), tensors) == tensors
 
 
 def test_values_that_are_loaded_into_it_are_refused(tmp_path: Path) -> None:
