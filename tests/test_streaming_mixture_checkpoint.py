@@ -169,10 +169,10 @@ def test_experts_that_transformers_computes_are_refused(tmp_path: Path, monkeypa
 
 def test_names_are_taken_as_they_are_where_nobody_maps_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of models that are not transformers', and by transformers before version 5."""
-    tensors = {"a": torch.zeros(1)}
+    tensors, model = {"a": torch.zeros(1)}, mixtral()
     assert conversion.as_named_by(nn.Linear(1, 1), tensors) == tensors
     monkeypatch.setitem(sys.modules, "transformers.conversion_mapping", None)
-    assert conversion.as_named_by(mixtral(), tensors) == tensors
+    assert conversion.as_named_by(model, tensors) == tensors
 
 
 def test_values_that_are_loaded_into_it_are_refused(tmp_path: Path) -> None:
