@@ -4,10 +4,12 @@
 
 One program runs on both clocks: layers whose forward and backward are *played*, by sleeping in wall-clock and by
 charging the clock in virtual time, so that the processors are free for the update. Gradients, transfers and CPU updates
-are real. The virtual clock is told two rates of this machine, measured right before each case: of CPU updates, and of
-the emulated device's own kernels, which the processors run (norms of gradients, the gradients themselves). Links are
-slow enough for :data:`LINK_BYTES_PER_S` to be what they really do. All updates run on the CPU, by one thread: copies
-take a processor here, which they would not on a machine whose link has engines of its own.
+are real. The virtual clock is told three rates of this machine, each the mean of what was measured right before and
+right after a case: of CPU updates; of the emulated device's own kernels, which the processors run (norms of gradients,
+the gradients themselves); and of host memory, by what updates touch with a thread on each processor and nothing beside
+them. Updates and copies share that, and a copied byte is read and written, as the device's memory is the host's. Links
+are slow enough for :data:`LINK_BYTES_PER_S` to be what they really do. All updates run on the CPU, by one thread:
+copies take a processor here, which they would not on a machine whose link has engines of its own.
 
 Forward takes as long as the update, or half of it, so that some steps hide all of the update and others do not.
 """
@@ -34,7 +36,9 @@ from offload.policy import Overlap
 
 NUM_LAYERS, LAYER_NUMEL = 12, 2**22  # so large that a step's Python is small beside it
 LINK_BYTES_PER_S = 2e9
+UPDATE_BYTES = 32  # of host memory a parameter: fp32 state both ways, gradient, new parameter
 WARM_UP, MEASURED = 2, 5  # steps
+RATE_WARM_UP, RATE_MEASURED = 1, 3
 WINDOWS = (1.0, 0.5)  # forward, in updates; backward is twice as long
 OVERLAPS: tuple[Overlap, ...] = ("none", "backward", "next_forward")
 
@@ -66,6 +70,7 @@ class Comparison:
     window: float
     update_params_per_s: float
     device_bytes_per_s: float
+    host_dram_bytes_per_s: float
     wall_s: float
     virtual_s: float
 
@@ -107,20 +112,22 @@ def _step_s(
     return statistics.median(b - a for a, b in zip(stamps[WARM_UP:], stamps[WARM_UP + 1 :], strict=False))
 
 
-def _update_rate(weights: list[nn.Parameter]) -> float:
-    """Parameters/s of this machine's CPU updates, one subgroup after the other."""
+def _update_rate(weights: list[nn.Parameter], threads: int | None) -> float:
+    """Parameters/s of this machine's CPU updates, one subgroup after the other; None: a thread on each processor."""
     from offload.testing import sim
 
     sim.configure("sync", races=False, poison=False)
+    set_num_threads(threads)
     optimizer = _optimizer(weights, "none")
     seconds = []
-    for _ in range(WARM_UP + MEASURED):
+    for _ in range(RATE_WARM_UP + RATE_MEASURED):
         for weight in weights:
             weight.grad = torch.full_like(weight, 1e-3)
         optimizer.time_next_step()
         optimizer.step()
         seconds.append(sum(span.end_s - span.start_s for span in optimizer.timeline() if span.lane == "host"))
-    return NUM_LAYERS * LAYER_NUMEL / statistics.median(seconds[WARM_UP:])
+    set_num_threads(1)
+    return NUM_LAYERS * LAYER_NUMEL / statistics.median(seconds[RATE_WARM_UP:])
 
 
 def _device_rate(weights: list[nn.Parameter]) -> float:
@@ -129,12 +136,25 @@ def _device_rate(weights: list[nn.Parameter]) -> float:
 
     sim.configure("threads", races=False, poison=False)
     grads, seconds = [weight.detach() for weight in weights], []
-    for _ in range(WARM_UP + MEASURED):
+    for _ in range(RATE_WARM_UP + RATE_MEASURED):
         begin_s = time.perf_counter()
         for norm_type in (2.0, float("inf")):
             float(total_norm(grads, norm_type))
         seconds.append(time.perf_counter() - begin_s)
-    return 2 * sum(grad.nbytes for grad in grads) / statistics.median(seconds[WARM_UP:])
+    return 2 * sum(grad.nbytes for grad in grads) / statistics.median(seconds[RATE_WARM_UP:])
+
+
+def _rates(weights: list[nn.Parameter]) -> dict[str, float]:
+    """What the virtual clock is told of this machine, as it is now."""
+    from offload.testing import sim
+
+    sim.set_profile(host_update_params_per_s=math.inf, host_dram_bytes_per_s=math.inf)  # updates take what they take
+    rate = _update_rate(weights, 1)
+    return {
+        "host_update_params_per_s": rate,
+        "memory_bytes_per_s": _device_rate(weights),
+        "host_dram_bytes_per_s": max(rate, _update_rate(weights, None)) * UPDATE_BYTES,
+    }
 
 
 def _compare(weights: list[nn.Parameter], overlap: Overlap, window: float) -> Comparison:
@@ -143,17 +163,18 @@ def _compare(weights: list[nn.Parameter], overlap: Overlap, window: float) -> Co
     def charge(seconds: float) -> None:
         sim.host_charge(seconds, "model")
 
-    sim.set_profile(host_update_params_per_s=math.inf)  # updates take the time that they take
-    rate, device_rate = _update_rate(weights), _device_rate(weights)
-    forward_s = window * NUM_LAYERS * LAYER_NUMEL / rate
+    before = _rates(weights)
+    forward_s = window * NUM_LAYERS * LAYER_NUMEL / before["host_update_params_per_s"]
     sim.configure("threads", races=False, poison=False)
     wall_s = _step_s(weights, overlap, forward_s, time.sleep, time.perf_counter)
     gc.collect()
+    after = _rates(weights)
+    rates = {name: statistics.fmean((before[name], after[name])) for name in before}
     sim.configure("sync", races=False, poison=False)
-    sim.set_profile(host_update_params_per_s=rate, memory_bytes_per_s=device_rate)
+    sim.set_profile(**rates)
     virtual_s = _step_s(weights, overlap, forward_s, charge, sim.host_time_s)
     gc.collect()
-    return Comparison(overlap, window, rate, device_rate, wall_s, virtual_s)
+    return Comparison(overlap, window, *rates.values(), wall_s, virtual_s)
 
 
 def wall_vs_virtual() -> WallClock:
@@ -165,7 +186,12 @@ def wall_vs_virtual() -> WallClock:
     try:
         sim.load()
         sim.reset()
-        sim.set_profile(h2d_bytes_per_s=LINK_BYTES_PER_S, d2h_bytes_per_s=LINK_BYTES_PER_S)
+        sim.set_profile(
+            h2d_bytes_per_s=LINK_BYTES_PER_S,
+            d2h_bytes_per_s=LINK_BYTES_PER_S,
+            host_bytes_per_h2d_byte=2.0,
+            host_bytes_per_d2h_byte=2.0,
+        )
         weights = [nn.Parameter(torch.ones(LAYER_NUMEL, device="sim")) for _ in range(NUM_LAYERS)]
         comparisons = tuple(_compare(weights, overlap, window) for window in WINDOWS for overlap in OVERLAPS)
     finally:
@@ -175,11 +201,23 @@ def wall_vs_virtual() -> WallClock:
 
 
 def show(measured: WallClock) -> None:
-    cells = [["overlap", "forward in updates", "CPU updates", "device kernels", "wall-clock", "virtual", "ratio"]]
+    cells = [
+        [
+            "overlap",
+            "forward in updates",
+            "CPU updates",
+            "device kernels",
+            "host memory",
+            "wall-clock",
+            "virtual",
+            "ratio",
+        ]
+    ]
     for each in measured.comparisons:
-        rates = [f"{each.update_params_per_s / 1e9:.3f} G/s", f"{each.device_bytes_per_s / 1e9:.2f} GB/s"]
+        told = [f"{each.update_params_per_s / 1e9:.3f} G/s", f"{each.device_bytes_per_s / 1e9:.2f} GB/s"]
+        told.append(f"{each.host_dram_bytes_per_s / 1e9:.1f} GB/s")
         times = [f"{each.wall_s * 1e3:.1f} ms", f"{each.virtual_s * 1e3:.1f} ms", f"{each.ratio:.3f}"]
-        cells.append([each.overlap, f"{each.window:g}", *rates, *times])
+        cells.append([each.overlap, f"{each.window:g}", *told, *times])
     print(format_table(cells))
 
 

@@ -46,7 +46,7 @@ class Insight(torch.optim.Optimizer):
     @property
     def bill(self) -> MemoryBill:
         """Bytes taken beyond parameters and gradients."""
-        return replace(self.runtime.bill, snapshot_bytes=self.runtime.snapshot_bytes)
+        return replace(self.runtime.bill, snapshot_bytes=self.runtime.copies.held_bytes)
 
     @classmethod
     def bill_of(cls, params: ParamsT, **arguments: Any) -> MemoryBill:

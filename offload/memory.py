@@ -268,6 +268,11 @@ class SubgroupMemory:
         return True
 
     @property
+    def accelerator_device(self) -> torch.device | None:
+        """Of the parameters; None for the CPU."""
+        return None if self._accelerator is None else self._accelerator.device
+
+    @property
     def num_lasting_slots(self) -> int:
         """Slots that have their memory all the time."""
         return self.homes.num_slots - self.homes.num_passing_slots

@@ -268,7 +268,9 @@ class OffloadedState(Insight):
             index: Source(actions.state, [flat(item.param) for item in actions.slices], partial(self._changed, actions))
             for index, actions in enumerate(self.runtime.actions)
         }
-        self._snapshot = Snapshot(path, self.runtime.begin_copies(sources, copy_bytes))
+        runtime = self.runtime
+        copier = runtime.copies.begin(sources, copy_bytes, runtime.plan, runtime.bill)
+        self._snapshot = Snapshot(path, copier)
         return self._snapshot
 
     def finish_snapshot(self) -> None:

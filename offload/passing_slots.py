@@ -17,7 +17,9 @@ from collections.abc import Iterator, Sequence
 from offload.executor import lend
 from offload.lanes import Lane
 from offload.memory import SubgroupMemory
-from offload.monitor import MemoryMonitor, MemorySample, Phase
+from offload.monitor import MemorySample, Phase
+from offload.options import Options
+from offload.plan import Placement, Plan
 from offload.pool import format_bytes
 from offload.subgroup import Slot
 
@@ -28,13 +30,21 @@ class PassingSlots:
     """Gives passing slots their memory and takes it back; see [Note: room in backward].
 
     Args:
-        most: of such slots.
-        monitor: attached to the model; of the device that ``memory`` is on.
+        options: how many there may be, and the monitor, which is to be attached to the model.
         compute: the lane of the model, whose memory it is.
+
+    Raises:
+        ValueError: if the monitor follows another device than that of ``memory``.
     """
 
-    def __init__(self, most: int, monitor: MemoryMonitor, memory: SubgroupMemory, compute: Lane) -> None:
-        self._most, self._monitor, self._memory, self._compute = most, monitor, memory, compute
+    def __init__(self, options: Options, memory: SubgroupMemory, compute: Lane) -> None:
+        self._most, self._monitor = options.num_passing_slots, options.memory_monitor
+        self._memory, self._compute = memory, compute
+        if self._monitor is not None and self._monitor.device != memory.accelerator_device:
+            raise ValueError(
+                f"num_passing_slots={self._most}: the parameters are on {memory.accelerator_device or 'the CPU'}, but "
+                f"memory_monitor follows {self._monitor.device or 'no accelerator'}; construct it with their device"
+            )
         self._after: list[int] | None = None  # arrivals before the first, second, ... slot opens; None: not known yet
         self._is_warm = False  # a step is over: what is allocated once is there
         self._watched: list[MemorySample] = []  # that ended at the arrivals of one step
@@ -52,6 +62,8 @@ class PassingSlots:
         Raises:
             ValueError: if the monitor does not know that this is backward.
         """
+        if self._monitor is None:
+            return False
         if self._monitor.current_phase is not Phase.BACKWARD:
             raise ValueError(
                 "a gradient arrived outside of what memory_monitor takes for backward, so nobody knows what memory "
@@ -59,19 +71,19 @@ class PassingSlots:
             )
         self._num_arrived += 1
         if self._num_arrived == 1 and self._num_unlike > 1:
-            self.forget()
+            had_some = self.forget()
             self._watched.append(self._monitor.split())
-            return True
+            return had_some
         if self._after is not None or not self._is_warm:
             return False
         if self._num_arrived == 1 and self._watched:
-            self._learn(under_next_forward=under_next_forward)
+            self._learn(self._monitor.samples, under_next_forward=under_next_forward)
             return bool(self._after)
         self._watched.append(self._monitor.split())
         return False
 
-    def _learn(self, *, under_next_forward: bool) -> None:
-        samples = [sample for sample in self._monitor.samples if sample.t_s >= self._watched[0].t_s]
+    def _learn(self, samples: Sequence[MemorySample], *, under_next_forward: bool) -> None:
+        samples = [sample for sample in samples if sample.t_s >= self._watched[0].t_s]
         room = room_after(self._watched, samples, under_next_forward=under_next_forward)
         slot_bytes = self._memory.homes.slot_bytes(self._memory.subgroups)
         self._after, self._watched, self._num_watched = [], [], len(room)
@@ -90,9 +102,9 @@ class PassingSlots:
         """Open the slots that there is room for by now. Returns whether any was."""
         return self._open(sum(after <= self._num_arrived for after in self._after or ()))
 
-    def end_backward(self, num_slots: int) -> bool:
-        """Open what is closed of the first ``num_slots``. Returns whether there are other slots from now on."""
-        self._open(num_slots)
+    def end_backward(self, plan: Plan) -> bool:
+        """Open what is closed and ``plan`` goes through. Returns whether there are other slots from now on."""
+        self._open(max(0, plan.num_buffers(Placement.DEVICE) - self._memory.num_lasting_slots))
         if not self._is_refused:
             return False
         self._is_refused, num_open = False, len(self._opened())
@@ -119,10 +131,12 @@ class PassingSlots:
         self._num_arrived = 0 if opened else self._num_arrived
         return opened
 
-    def forget(self) -> None:
-        """Have no slots until another step was watched. Nothing is in flight."""
+    def forget(self) -> bool:
+        """Have no slots until another step was watched. Nothing is in flight. Returns whether there were any."""
+        had = bool(self._after)
         self._after, self._watched, self._num_unlike = None, [], 0
         self._memory.set_passing_slots(0)
+        return had
 
     def _opened(self) -> list[Slot]:
         return [slot for slot in self._memory.pool.slots if slot.passes and slot.buffer is not None]

@@ -7,7 +7,6 @@ import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -31,11 +30,11 @@ from offload.monitor import Phase
 from offload.options import Options
 from offload.passing_slots import PassingSlots
 from offload.perf_model import Prediction, Rates, predict
-from offload.plan import OpKind, Placement, Plan
+from offload.plan import OpKind, Plan
 from offload.plan_in_force import PlanInForce
 from offload.policy import Overlap
 from offload.pool import MemoryBill, Pool
-from offload.snapshot import Copier, Source, num_copies
+from offload.snapshot import CopiesBesideSteps
 from offload.state_layout import ADAM_FP32, StateKind
 from offload.subgroup import Subgroup
 from offload.timeline import Span, elapsed_s
@@ -82,10 +81,12 @@ class Runtime:
         self._idle_since_s: float | None = None  # by the host's clock, after a step that was measured
         self._broken: BaseException | None = None
         self._process = os.getpid()
-        self._copier: Copier | None = None  # of a snapshot that may not have copied everything yet
+        self.copies = CopiesBesideSteps(self.actions, options.budgets, self.accelerator)
         with_gradients = options.overlap == "backward"
         self._early = EarlyTransfers(self.lanes, self.pool, self.actions, with_gradients=with_gradients)
-        self._passing = self._passing_slots()
+        self._passing = PassingSlots(options, self.memory, self.lanes.compute)
+        if options.memory_monitor is not None:
+            options.memory_monitor.tell(self._phase_begins)
         self._arrived_in_open_step: Callable[[int, int], None] | None = None
         self._hooks: list[RemovableHandle] = []
         self._conductor = Conductor(self.lanes.compute, self.accelerator, weakref.WeakMethod(self.mark_broken))
@@ -96,19 +97,6 @@ class Runtime:
         landing.atexit = False
 
     # ---- memory and plan
-
-    def _passing_slots(self) -> PassingSlots | None:
-        """Raises ValueError if the monitor follows another device than that of the parameters."""
-        num, monitor = self.options.num_passing_slots, self.options.memory_monitor
-        if monitor is None:
-            return None
-        if self.accelerator is None or monitor.device != self.accelerator.device:
-            raise ValueError(
-                f"num_passing_slots={num}: the parameters are on {self.device}, but memory_monitor follows "
-                f"{monitor.device or 'no accelerator'}; construct it with the accelerator that the parameters are on"
-            )
-        monitor.tell(self._phase_begins)
-        return PassingSlots(num, monitor, self.memory, self.lanes.compute)
 
     def add(self, packed: Sequence[Packed], kind: StateKind = ADAM_FP32) -> list[AdamSubgroup]:
         """Append subgroups, allocate what they need, and plan anew.
@@ -127,8 +115,7 @@ class Runtime:
             first = self.in_force.first(wanted.subgroups, homes)
 
         self.synchronize()
-        if self._passing is not None and self.subgroups:
-            self._passing.forget()
+        if self._passing.forget():
             self.in_force.go_on_with_other_slots()
         added = self.memory.allocate(wanted, given_less=plan_anew)
         self.in_force.begin(first)
@@ -212,15 +199,13 @@ class Runtime:
         """
         self.finish()
         self._go_on_without_lost_slots()
-        if self._passing is not None:
-            num_used = self.plan.num_buffers(Placement.DEVICE) - self.memory.num_lasting_slots
-            if self._passing.end_backward(max(0, num_used)):
-                self.in_force.go_on_with_other_slots()
+        if self._passing.end_backward(self.plan):
+            self.in_force.go_on_with_other_slots()
         idle = frozenset(range(len(self.subgroups))) - updates.keys()
         # A step that leaves subgroups out says little about one that does not.
         observed = self.in_force.chooses and self.in_force.wants_measurement and not idle
         plan = self.plan.without(idle)
-        self._begin_step_beside_copies(updates, waits=observed or self.time_next_step)
+        self.copies.begin_step(updates, waits=observed or self.time_next_step)
         try:
             timed = (observed or self.time_next_step) and self.accelerator is not None
             timer = StepTimer(self.lanes, self.device) if timed else None
@@ -229,8 +214,7 @@ class Runtime:
             for index, subgroup_updates in updates.items():
                 self.actions[index].begin_step(subgroup_updates)
             begun = self._early.take(plan)
-            if self._passing is not None:
-                self._passing.end_step()
+            self._passing.end_step()
             if self.overlap == "next_forward" and timer is None:
                 if pending is None:
                     pending = {index: list(_tensors_of(group)) for index, group in updates.items()}
@@ -274,36 +258,6 @@ class Runtime:
         if self.memory.drop_lost_slots():
             self.in_force.go_on_with_other_slots()
 
-    def begin_copies(self, sources: Mapping[int, Source], copy_bytes: int | None) -> Copier:
-        """Copy subgroups beside the next steps, see [Note: copied before it is overwritten]. Nothing is in flight.
-
-        Args:
-            copy_bytes: how much may be copied and not yet written; None: :data:`DEFAULT_NUM_COPIES` subgroups.
-
-        Raises:
-            BudgetError: if that holds no subgroup, or the host budget not that.
-        """
-        num_buffers = num_copies(sources, copy_bytes)
-        replace(self.bill, snapshot_bytes=num_buffers * Copier.buffer_bytes(sources)).check(self.options.budgets)
-        order = dict.fromkeys(op.subgroup for op in self.plan.ops)  # what is updated first is copied first
-        self._copier = Copier({i: sources[i] for i in order}, num_buffers, self.accelerator)
-        for index, event in self._copier.events.items():
-            self.actions[index].copied = event
-        return self._copier
-
-    def _begin_step_beside_copies(self, updates: Mapping[int, Sequence[SliceUpdate]], *, waits: bool) -> None:
-        """A parameter that the step leaves out does not become pending, so nothing else would keep it for its copy."""
-        if self._copier is None:
-            return
-        if waits or any(len(updates.get(i, ())) < len(each.slices) for i, each in enumerate(self.actions)):
-            self._copier.wait()
-        self._copier.begin_step()
-
-    @property
-    def snapshot_bytes(self) -> int:
-        """Host memory that a snapshot holds now."""
-        return 0 if self._copier is None else self._copier.held_bytes
-
     # ---- a step that begins in backward
 
     def open_step(
@@ -324,7 +278,7 @@ class Runtime:
         self._go_on_without_lost_slots()
         if self.options.overlap == "none" or self._will_be_timed:
             return False
-        self._begin_step_beside_copies({}, waits=True)
+        self.copies.begin_step({}, waits=True)
         plan = self.in_force.in_order_of(order)
         begun = [op for op in self._early.take(plan) if op.kind is OpKind.PREFETCH]
         self._arrived_in_open_step = arrived
@@ -380,16 +334,14 @@ class Runtime:
         if self._broken is None and not self._will_be_timed:
             self._conductor.finish()
             self._go_on_without_lost_slots()
-            if self._passing is not None:
-                if self._passing.arrived(under_next_forward=self.overlap == "next_forward"):
-                    self.in_force.go_on_with_other_slots()
-                if self._passing.open_due():
-                    self._early.prefetch(self.plan, self.subgroups)
+            if self._passing.arrived(under_next_forward=self.overlap == "next_forward"):
+                self.in_force.go_on_with_other_slots()
+            if self._passing.open_due():
+                self._early.prefetch(self.plan, self.subgroups)
             self._early.arrived(self.subgroups[index], self.plan, self.subgroups, in_autograd=in_autograd)
 
     def _phase_begins(self, phase: Phase) -> None:
         """Passing slots are closed where the model takes their memory again, see [Note: room in backward]."""
-        assert self._passing is not None
         if self._broken is not None or self._arrived_in_open_step is not None:
             return
         if phase is Phase.BACKWARD:
@@ -425,8 +377,7 @@ class Runtime:
         """Wait until nothing is in flight: parameters and states may be read and written by anyone afterwards."""
         self.finish()
         self._early.forget()  # states may be written now
-        if self._copier is not None:
-            self._copier.wait()
+        self.copies.wait()
         try:
             with self.watched("optimizer.synchronize()"):
                 self.lanes.synchronize()

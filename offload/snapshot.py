@@ -17,15 +17,17 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from offload import host_memory
 from offload.accelerators import Accelerator
+from offload.adam import AdamSubgroup, SliceUpdate
 from offload.lanes.accelerator import start_worker
-from offload.pool import BudgetError, format_bytes
+from offload.plan import Plan
+from offload.pool import BudgetError, Budgets, MemoryBill, format_bytes
 from offload.watchdog import watched
 
 DEFAULT_NUM_COPIES = 2  # one is filled while another is written
@@ -213,6 +215,57 @@ class Copier:
             begin, end = end, end + param.nbytes
             params.append(buffer[begin:end].view(param.dtype))
         return Copy(index, state, tuple(params))
+
+
+class CopiesBesideSteps:
+    """The copies of a snapshot, and the steps that wait for them; see [Note: copied before it is overwritten].
+
+    Args:
+        actions: of all subgroups; more may join.
+    """
+
+    def __init__(self, actions: Sequence[AdamSubgroup], budgets: Budgets, accelerator: Accelerator | None) -> None:
+        self._actions, self._budgets, self._accelerator = actions, budgets, accelerator
+        self._copier: Copier | None = None  # that may not have copied everything yet
+
+    def begin(self, sources: Mapping[int, Source], copy_bytes: int | None, plan: Plan, bill: MemoryBill) -> Copier:
+        """Copy subgroups beside the next steps, in the order in which ``plan`` updates them. Nothing is in flight.
+
+        Args:
+            copy_bytes: how much may be copied and not yet written; None: :data:`DEFAULT_NUM_COPIES` subgroups.
+            bill: of what is taken without that.
+
+        Raises:
+            BudgetError: if that holds no subgroup, or the host budget not that.
+        """
+        num_buffers = num_copies(sources, copy_bytes)
+        replace(bill, snapshot_bytes=num_buffers * Copier.buffer_bytes(sources)).check(self._budgets)
+        order = dict.fromkeys(op.subgroup for op in plan.ops)
+        self._copier = Copier({i: sources[i] for i in order}, num_buffers, self._accelerator)
+        for index, event in self._copier.events.items():
+            self._actions[index].copied = event
+        return self._copier
+
+    def begin_step(self, updates: Mapping[int, Sequence[SliceUpdate]], *, waits: bool) -> None:
+        """Let a step begin, after all copies if it ``waits``, or leaves a parameter out.
+
+        A parameter that it leaves out does not become pending, so nothing else would keep it for its copy.
+        """
+        if self._copier is None:
+            return
+        if waits or any(len(updates.get(i, ())) < len(each.slices) for i, each in enumerate(self._actions)):
+            self._copier.wait()
+        self._copier.begin_step()
+
+    def wait(self) -> None:
+        """Return when everything was copied."""
+        if self._copier is not None:
+            self._copier.wait()
+
+    @property
+    def held_bytes(self) -> int:
+        """Host memory that copies hold now."""
+        return 0 if self._copier is None else self._copier.held_bytes
 
 
 class Snapshot:

@@ -70,6 +70,7 @@ def test_second_interrupt_is_heard_at_once() -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.usefixtures("number")
 def test_handlers_are_what_they_were_after_an_error() -> None:
     before = [signal.getsignal(each) for each in DEFERRED]
     with pytest.raises(ValueError), deferred_signals():
