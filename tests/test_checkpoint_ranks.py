@@ -114,7 +114,7 @@ def test_what_one_rank_cannot_save_none_saves(tmp_path: Path, monkeypatch: pytes
 
     failed = in_threads(2, work)
     assert isinstance(failed[0], RuntimeError)
-    assert "rank 1 failed: no space left" in str(failed[0])
+    assert "rank 1 failed: OSError: no space left" in str(failed[0])
     assert isinstance(failed[1], OSError)
     assert sorted((tmp_path / "a").rglob("*")) == before
     assert len(held) == 8

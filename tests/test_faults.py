@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import logging
 import os
 import subprocess
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 import offload
+from offload.conductor import let_land
 from offload.lanes.lazy import lazy_lanes
 from offload.plan import OpKind, Plan
 from offload.shrink import without_slot
@@ -300,8 +302,9 @@ def test_device_without_memory_for_every_slot(
 
 
 def test_device_without_memory_for_one_slot(sim: ModuleType) -> None:
+    model = mlp(device="sim")
     with faults.fail("allocation"), pytest.raises(torch.OutOfMemoryError):
-        make(mlp(device="sim"), "device")
+        make(model, "device")
 
 
 def test_nothing_is_allocated_or_pinned_in_steady_state(sim: ModuleType) -> None:
@@ -332,6 +335,16 @@ def test_fork_is_refused_on_an_accelerator(sim: ModuleType) -> None:
         optimizer.step()
 
 
+def test_a_fork_waits_for_no_copy_of_its_parent() -> None:
+    """Its streams and its conductor are not there."""
+
+    class NotThere:
+        def __getattr__(self, name: str) -> object:
+            pytest.fail(f"asked for {name}")
+
+    let_land(os.getpid() + 1, NotThere(), [], NotThere())  # type: ignore[arg-type]
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_fork_on_the_cpu_trains_on(tmp_path: Path) -> None:
     """With helpers of its own: the parent's threads are not there."""
@@ -360,29 +373,45 @@ os._exit(0)
     assert said["child"].endswith(" 2") or not offload.kernels.native.load()
 
 
+@functools.cache
+def sources() -> dict[str, ast.Module]:
+    """The package, by file."""
+    root = Path(offload.__file__).parent
+    return {str(path.relative_to(root)): ast.parse(path.read_text()) for path in root.rglob("*.py")}
+
+
+def imported() -> set[str | None]:
+    nodes = [node for tree in sources().values() for node in ast.walk(tree)]
+    modules = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    return modules | {name.name for node in nodes if isinstance(node, ast.Import) for name in node.names}
+
+
+def users_of(*names: str) -> set[str]:
+    """Files that use one of these functions, written so."""
+    last = {name.split(".")[-1] for name in names}
+    return {
+        file
+        for file, tree in sources().items()
+        for node in ast.walk(tree)
+        if getattr(node, "attr", getattr(node, "id", None)) in last and ast.unparse(node) in names
+    }
+
+
 def test_no_clock_that_can_jump() -> None:
     """Durations are of monotonic clocks. A status file says when it was written, for whoever reads it elsewhere."""
-    root = Path(offload.__file__).parent
-    calls = {
-        str(path.relative_to(root))
-        for path in root.rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Attribute) and ast.unparse(node) in ("time.time", "datetime.now", "time.time_ns")
-    }
-    assert calls <= {"live.py", "cli/watch.py"}, "use time.monotonic or time.perf_counter"
+    users = users_of("time.time", "datetime.now", "time.time_ns")
+    assert users <= {"live.py", "cli/watch.py"}, "use time.monotonic or time.perf_counter"
 
 
 def test_the_package_opens_no_socket() -> None:
     """Ranks talk through torch's process groups, and `offload watch` through a file."""
-    root = Path(offload.__file__).parent
-    imported = {
-        name.name
-        for path in root.rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Import)
-        for name in node.names
-    }
-    assert not imported & {"socket", "socketserver", "http.server", "xmlrpc.server", "asyncio"}
+    assert not imported() & {"socket", "socketserver", "http.server", "xmlrpc.server", "asyncio"}
+
+
+def test_nothing_is_unpickled() -> None:
+    """Of checkpoints, or of any other file."""
+    assert not imported() & {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
+    assert not users_of("torch.load", "np.load", "numpy.load", "eval", "exec")
 
 
 RANK = """

@@ -58,6 +58,37 @@ def test_headers_are_refused_or_lie_within_the_file(header: bytes) -> None:
         assert torch.empty(place.shape, dtype=place.dtype, device="meta").nbytes == place.end - place.begin
 
 
+def entry(begin: int, end: int, dtype: str = "I8", shape: list[int] | None = None) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": [end - begin] if shape is None else shape, "data_offsets": [begin, end]}
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ({"a": entry(0, 30), "b": entry(20, 40)}, "tensor 'b' begins at byte 20 of the data, not at 30"),
+        ({"a": entry(0, 10), "b": entry(20, 40)}, "tensor 'b' begins at byte 20 of the data, not at 10"),
+        ({"a": entry(0, 48)}, "its tensors hold 48 bytes and the file 40 of data"),
+        ({"a": entry(0, 39)}, "its tensors hold 39 bytes and the file 40 of data"),
+        ({"a": entry(0, 40, shape=[41])}, r"tensor 'a' has bytes 0 to 40, which do not hold \[41\] of torch.int8"),
+        ({"a": entry(0, 40, dtype="F32")}, r"which do not hold \[40\] of torch.float32"),
+        ({"a": entry(0, 40, shape=[-2, -20])}, r"tensor 'a' has shape \[-2, -20\]"),
+        ({"a": entry(0, 40, shape=[2**64])}, "tensor 'a' has shape"),
+        ({"a": entry(0, 40, dtype="F3")}, "tensor 'a' has dtype F3; known are"),
+        ({"a": {"dtype": "I8"}}, "tensor 'a' lacks a dtype, shape or data_offsets"),
+        ([], "its header is no JSON object"),
+    ],
+)
+def test_headers_that_are_refused(header: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_header(json.dumps(header).encode(), 40)
+
+
+def test_a_header_that_names_a_tensor_twice_is_refused() -> None:
+    header = json.dumps(entry(0, 40))
+    with pytest.raises(ValueError, match="'a' is there twice"):
+        parse_header(f'{{"a": {header}, "a": {header}}}'.encode(), 40)
+
+
 @FEW
 @given(st.data())
 def test_streamed_files_are_refused_or_mapped(tmp_path: Path, data: st.DataObject) -> None:

@@ -203,10 +203,12 @@ def test_failed_addition_leaves_the_runtime_as_it_was() -> None:
 
 def test_allocation_that_fails_half_way_leaves_the_runtime_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     built = build("host")
+    staged = [staging.param.nbytes for staging in built.pool.stagings]
     states = iter([torch.zeros(3, 8)])
     monkeypatch.setattr(built.pool, "host_state", lambda *_args, **_kwargs: next(states))
     with pytest.raises(StopIteration):
-        built.add(packed_params(built.device, [8, 8]))
+        built.add(packed_params(built.device, [8, 1 << 16]))
+    assert [staging.param.nbytes for staging in built.pool.stagings] == staged
     assert len(built.actions) == len(built.subgroups) == 4
     built.step(updates_of(built))
     assert torch.equal(params(built)[0], expected(1024))
