@@ -219,10 +219,10 @@ def test_device_full_in_a_prefetch(
 def test_device_full_in_a_step_after_early_transfers(
     sim: ModuleType, monkeypatch: pytest.MonkeyPatch, overlap: str
 ) -> None:
-    """What comes early for the next step must not go into a slot that is no more."""
+    """What comes early for the next step must not go into a slot that is no more, nor by its number before."""
     model = mlp(device="sim")
     optimizer = make(model, "device", overlap)
-    fail_prefetch(monkeypatch, optimizer, {2}, in_backward=False)
+    fail_prefetch(monkeypatch, optimizer, {1}, in_backward=False)
     assert_same_bits(train(model, optimizer, steps=range(NUM_STEPS)), undisturbed())
     assert optimizer.runtime.homes.num_slots == 1
     assert sim.races() == []

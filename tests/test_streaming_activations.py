@@ -109,7 +109,7 @@ def test_the_bill_is_what_is_used(case: str) -> None:
     assert handle.bill.device_bytes <= 1.02 * used
 
 
-@pytest.mark.parametrize("make", [FusedExperts, SeparateExperts])
+@pytest.mark.parametrize("make", [pytest.param(FusedExperts, marks=pytest.mark.slow), SeparateExperts])
 def test_no_routing_of_a_mixture_takes_more(make: type) -> None:
     def used(spread: float) -> tuple[int, int]:
         model, ids = build(mixture_of(make)), tokens(40)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -83,7 +84,7 @@ def loaded(folder: Path, device: str) -> Any:
     return model.eval().to(device)
 
 
-@pytest.mark.parametrize("make", [mixtral, qwen2_moe, qwen3_moe])
+@pytest.mark.parametrize("make", [mixtral, qwen2_moe, pytest.param(qwen3_moe, marks=pytest.mark.slow)])
 def test_the_same_bits_as_when_it_is_loaded(
     make: Callable[[], Any], poison: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,6 +167,14 @@ def test_experts_that_transformers_computes_are_refused(tmp_path: Path, monkeypa
         streamed(saved(mixtral, tmp_path))
 
 
+def test_names_are_taken_as_they_are_where_nobody_maps_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of models that are not transformers', and by transformers before version 5."""
+    tensors, model = {"a": torch.zeros(1)}, mixtral()
+    assert conversion.as_named_by(nn.Linear(1, 1), tensors) == tensors
+    monkeypatch.setitem(sys.modules, "transformers.conversion_mapping", None)
+    assert conversion.as_named_by(model, tensors) == tensors
+
+
 def test_values_that_are_loaded_into_it_are_refused(tmp_path: Path) -> None:
     model, _ = streamed(saved(mixtral, tmp_path))
     want = logits(model)
@@ -205,7 +214,7 @@ def test_what_is_refused(kwargs: dict[str, Any], message: str, tmp_path: Path) -
         streamed(saved(mixtral, tmp_path), **kwargs)
 
 
-def test_files_that_lack_experts(tmp_path: Path) -> None:
+def test_files_that_do_not_have_the_models_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from safetensors.torch import save_file
 
     saved(mixtral, tmp_path / "whole")
@@ -226,3 +235,7 @@ def test_files_that_lack_experts(tmp_path: Path) -> None:
         streamed(remade(**{names[0]: None, names[1]: None, names[2]: None}))
     with pytest.raises(ValueError, match=r"experts \[5\] have"):
         streamed(remade(**{names[1]: torch.zeros(3, 4)}))
+    with pytest.raises(ValueError, match=r"1 of the checkpoint are unknown, first \['mtp\.weight'\]"):
+        streamed(remade(**{"mtp.weight": torch.zeros(3)}))
+    monkeypatch.setattr(transformers.MixtralForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"^mtp\."])
+    streamed(remade(**{"mtp.weight": torch.zeros(3)}))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import offload
+from offload.streaming import quantised
 from tests.streaming_models import WIDTH, Model, build, poison_freed_places, tokens
 from tests.test_streaming import EXECUTORS, add_adapters, outputs, streamed
 from tests.test_streaming_training import gradients, loss_of
@@ -103,6 +104,45 @@ def test_the_same_bits(sim: ModuleType, poison: list[int], executor: str) -> Non
     assert_same_bits(outputs(model, "cpu"), outputs(build(make), "cpu"))
 
 
+CODE = torch.linspace(-1, 1, 16)
+
+
+class FourBit(nn.Module):
+    """A linear layer whose weight holds its scales as bitsandbytes does, quantised in their turn."""
+
+    def __init__(self, linear: nn.Linear, code: Tensor) -> None:
+        super().__init__()
+        whole = Int4.quantise(linear.weight.detach())
+        self.shape = linear.weight.shape
+        scales = SimpleNamespace(absmax=whole.scale.amax(0), code=torch.arange(256.0), offset=None, state2=None)
+        absmax = (whole.scale / scales.absmax * 255).round().to(torch.uint8)
+        self.weight = nn.Parameter(whole.packed, requires_grad=False)
+        self.weight.quant_state = SimpleNamespace(absmax=absmax, code=code, offset=torch.tensor(0.5), state2=scales)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state, scales = self.weight.quant_state, self.weight.quant_state.state2
+        scale = scales.code[state.absmax.long()] * scales.absmax + state.offset
+        whole = state.code[torch.stack([self.weight // 16, self.weight % 16], -1).flatten(1).long()]
+        return nn.functional.linear(x, (whole.unflatten(1, (-1, 8)) * scale[..., None]).flatten(1))
+
+
+def four_bit() -> nn.Module:
+    model, code = Model().requires_grad_(False), CODE.clone()  # one table for all layers
+    for layer in model.layers:
+        layer.up, layer.down = FourBit(layer.up, code), FourBit(layer.down, code)
+    return model
+
+
+def test_scales_beside_a_parameter_come_with_it(poison: list[int]) -> None:
+    model = build(four_bit)
+    streamed(model, "30KiB", resident=0)
+    assert_same_bits(outputs(model), outputs(build(four_bit), "cpu"))
+    assert poison[0] > 0, "places were given away"
+    state = model.layers[0].up.weight.quant_state
+    assert state.absmax.device.type == state.state2.absmax.device.type == state.offset.device.type == "cpu"
+    assert state.code.device.type == "sim", "shared by all blocks"
+
+
 def test_weights_on_disk_and_changes_that_are_seen(tmp_path: Path) -> None:
     model, other = build(make), build(make, seed=1)
     streamed(model, "30KiB", resident=0, disk=tmp_path)
@@ -131,7 +171,11 @@ def test_adapters_on_quantised_weights_are_trained() -> None:
     assert_same_bits(gradients(model), gradients(reference))
 
 
-def test_what_is_refused() -> None:
+def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:  # as DTensors are, whose parts are no weights
+        patch.setattr(quantised, "is_sharded", lambda tensor: isinstance(tensor, Int4))
+        with pytest.raises(TypeError, match=r"layers\.0\.up\.weight is a Int4 with layout"):
+            streamed(build(make), "1MiB")
     trained = build(make)
     trained.layers[2].up.weight.requires_grad_(True)
     with pytest.raises(TypeError, match=r"layers\.2\.up\.weight is a Int4, made of several tensors, and is trained"):
