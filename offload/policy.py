@@ -75,8 +75,8 @@ def choose_residents(policy: Policy, subgroups: Sequence[Subgroup], device_bytes
     """Subgroups whose state lives on the accelerator, decided once, when the state is allocated.
 
     ``Static`` keeps its share of the parameters, ``"auto"`` what ``device_bytes`` hold beside two slots, and a plan says
-    so itself. They keep the head: residents are updated at once, so that the next forward, which begins there, runs
-    while the CPU updates the rest, whose gradients are the first that backward makes.
+    so itself. They keep the head: residents are updated at once, so the next forward, which begins there, runs while the
+    CPU updates the rest, and backward makes the gradients of the rest first.
     """
     if isinstance(policy, Plan):
         return frozenset(i for i, where in policy.placements.items() if where is Placement.RESIDENT)
