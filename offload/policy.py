@@ -74,8 +74,8 @@ def parse_overlap(overlap: object) -> Overlap:
 def choose_residents(policy: Policy, subgroups: Sequence[Subgroup], device_bytes: int | None) -> frozenset[int]:
     """Subgroups whose state lives on the accelerator, decided once, when the state is allocated.
 
-    ``Static`` keeps its share of the parameters, ``"auto"`` what ``device_bytes`` hold beside two slots, and a plan says
-    so itself. They keep the head: residents are updated at once, so the next forward, which begins there, runs while the
+    ``Static`` keeps its share of the parameters, ``"auto"`` what ``device_bytes`` hold beside two slots, a plan says so
+    itself. They keep the head: residents are updated at once, so the next forward, which begins there, runs while the
     CPU updates the rest, and backward makes the gradients of the rest first.
     """
     if isinstance(policy, Plan):
