@@ -106,7 +106,7 @@ def _rank(fitting: Sequence[Candidate], refused: dict[str, str], search: Search)
     if len(sample.subgroups) == num:
         choices = [choice for _, _, choice in ranked]
     else:
-        first_of_equals = {seconds: item for seconds, *item in reversed(ranked)}
+        first_of_equals = {seconds: (candidate, choice) for seconds, candidate, choice in reversed(ranked)}
         fastest = [first_of_equals[seconds] for seconds in sorted(first_of_equals)[:NUM_EXACT]]
         exact = [_whole(candidate, choice, search) for candidate, choice in fastest]
         choices = sorted(exact, key=lambda choice: choice.update_s)
