@@ -81,7 +81,7 @@ def test_a_plan_does_not_move_to_and_fro(sim: ModuleType) -> None:
     assert len(set(stays)) == len(stays), "and came back to no share that it had left"
 
 
-# Where all through the device is best, as host memory binds: a split looks better by rates that were measured in others.
+# Where host memory binds, all through the device is best: by rates measured in others a split looks better than it is.
 TOO_GOOD_A_SPLIT = {"a100-pcie4-node", "dos-a100", "gh200", "h100-sxm-node", "rtx3090-desktop"}
 
 
