@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 
 from offload.homes import NUM_STAGING, Homes
 from offload.perf_model import Rates
@@ -105,10 +106,13 @@ def _rank(fitting: Sequence[Candidate], refused: dict[str, str], search: Search)
     if len(sample.subgroups) == num:
         choices = [choice for _, _, choice in ranked]
     else:
-        exact = [_whole(candidate, choice, search) for _, candidate, choice in ranked[:NUM_EXACT]]
+        first_of_equals = {seconds: (candidate, choice) for seconds, candidate, choice in reversed(ranked)}
+        fastest = [first_of_equals[seconds] for seconds in sorted(first_of_equals)[:NUM_EXACT]]
+        exact = [_whole(candidate, choice, search) for candidate, choice in fastest]
         choices = sorted(exact, key=lambda choice: choice.update_s)
     ranking = [Ranked(choice.name, choice.update_s, True) for choice in choices]
-    ranking += [Ranked(candidate.name, seconds, False) for seconds, candidate, _ in ranked[len(choices) :]]
+    names = {choice.name for choice in choices}
+    ranking += [Ranked(candidate.name, s, False) for s, candidate, _ in ranked if candidate.name not in names]
     return Decision(choices[0], tuple(choices[1 : 1 + NUM_RUNNERS_UP]), tuple(ranking), refused)
 
 
@@ -123,7 +127,7 @@ def _whole(candidate: Candidate, sampled: Choice, search: Search) -> Choice:
 def _candidates(subgroups: Sequence[Subgroup], budgets: Budgets, num_slots: int | None) -> Iterator[Candidate]:
     everyone, nobody = frozenset(range(len(subgroups))), frozenset[int]()
     yield Candidate("all host", Homes(num_staging=NUM_STAGING), _no_visits)
-    for residents, where in _resident_sets(subgroups, budgets.device_bytes, slot_bytes=0):
+    for residents, where in _resident_sets(subgroups, budgets.device_bytes, 0):
         yield Candidate(f"{where}, others on the CPU", Homes(residents, num_staging=NUM_STAGING), _no_visits)
     for stride in STRIDES:
         if stride <= len(subgroups):
@@ -131,12 +135,14 @@ def _candidates(subgroups: Sequence[Subgroup], budgets: Budgets, num_slots: int 
             yield Candidate(f"stride {stride}", homes, partial(_stride, stride))
     for slots in dict.fromkeys(num_slots or slots for slots, _ in BUFFERS):
         yield Candidate(f"all visit through {slots} slots", Homes(nobody, everyone, slots), _all_visit)
+    is_large = len(subgroups) > MAX_RANKED  # head and tail are updated in the same time, so one will do
     largest = max((s.state_bytes for s in subgroups), default=0)
     for slots, staging in dict.fromkeys((num_slots or slots, staging) for slots, staging in BUFFERS):
         homes = _pin(Homes(nobody, nobody, slots, staging), subgroups, budgets)
         yield Candidate(f"split, {slots} slots, {staging} staging", homes, _best_split)
     for slots, staging in dict.fromkeys((num_slots or slots, staging) for slots, staging in BUFFERS[:2]):
-        for residents, where in _resident_sets(subgroups, budgets.device_bytes, slot_bytes=slots * largest):
+        sets = _resident_sets(subgroups, budgets.device_bytes, slots * largest)
+        for residents, where in islice(sets, 1 if is_large else None):
             homes = _pin(Homes(residents, nobody, slots, staging), subgroups, budgets)
             name = f"{where}, others split, {slots} slots, {staging} staging"
             yield Candidate(name, homes, _best_split)
@@ -154,13 +160,13 @@ def _pin(homes: Homes, subgroups: Sequence[Subgroup], budgets: Budgets) -> Homes
 
 
 def _resident_sets(
-    subgroups: Sequence[Subgroup], device_bytes: int | None, *, slot_bytes: int
+    subgroups: Sequence[Subgroup], device_bytes: int | None, slot_bytes: int
 ) -> Iterator[tuple[frozenset[int], str]]:
-    """States that may live on the device in what the budget leaves beside the slots: of the tail, and of the head."""
+    """States that may live on the device in what the budget leaves beside the slots: of the head, and of the tail."""
     if device_bytes is None:
         return
     seen: set[frozenset[int]] = {frozenset()}
-    for where, ordered in (("tail", subgroups[::-1]), ("head", subgroups)):
+    for where, ordered in (("head", subgroups), ("tail", subgroups[::-1])):
         left, chosen = device_bytes - slot_bytes, []
         for subgroup in ordered:
             left -= subgroup.state_bytes

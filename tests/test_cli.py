@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+import offload
 from offload.beliefs import Measurement
 from offload.cli import main
 from offload.controller import Controller
@@ -55,6 +56,43 @@ def test_plan_warns_of_a_budget_that_the_device_does_not_hold(capsys: pytest.Cap
     text = output(capsys, *arguments)
     assert re.search(r"WARNING: the plan does not fit rtx4090-desktop: .* the most that fits is device_budget", text)
     assert "the plan does not fit" in json.loads(output(capsys, *arguments, "--json"))["warning"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--hardware", "rtx4090-desktop"],
+        ["--hardware", "rtx4090-desktop", "--state-format", "split16", "--device-budget", "1GiB"],
+        ["--hardware", "rtx3090-desktop", "--device-budget", "400MiB"],
+        ["--hardware", "h100-sxm-node", "--device-budget", "0"],
+    ],
+    ids=" ".join,
+)
+def test_plan_says_how_to_run_it(
+    sim: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path, options: list[str]
+) -> None:
+    """What it says makes an optimizer, here of a layer, whose states may live in the places that the plan has."""
+    shape = "num_layers=8,hidden=1024,ffn=4096,num_heads=16,num_kv_heads=16,vocab=32000"
+    text = output(capsys, "plan", "--model", shape, *options)
+    call = re.search(r"^to run it: (offload\.AdamW\(.*\))$", text, re.MULTILINE)
+    assert call is not None, text
+    sim.configure(capacity="4GiB")
+    model = nn.Linear(64, 64, device="sim", dtype=torch.bfloat16)
+    monitor = offload.MemoryMonitor("sim")
+    optimizer = eval(call[1], {"offload": offload, "model": model, "monitor": monitor})
+    assert optimizer.runtime.subgroups
+    assert ("resident" in re.search(r"^plan: (.*);", text, re.MULTILINE)[1]) == ("device_budget" in call[1])
+
+
+def test_plan_of_several_ranks_is_run_by_deepspeed(capsys: pytest.CaptureFixture[str]) -> None:
+    block = re.search(r"^to run it: (.*)$", output(capsys, *PLAN), re.MULTILINE)
+    assert block is not None
+    assert json.loads(f"{{{block[1]}}}")["interleaved_offload"].keys() <= {
+        "plan",
+        "device_budget",
+        "num_slots",
+        "overlap",
+    }
 
 
 def test_plan_without_clipping_updates_in_backward(capsys: pytest.CaptureFixture[str]) -> None:

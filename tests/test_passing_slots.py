@@ -135,7 +135,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.parametrize(
     ("overlap", "num_micro_batches", "executor"),
     [
-        ("next_forward", 1, "lazy"),
+        pytest.param("next_forward", 1, "lazy", marks=pytest.mark.slow),
         ("next_forward", 1, "threads"),
         ("next_forward", 3, "random"),
         ("backward", 1, "lazy"),

@@ -8,9 +8,11 @@ import json
 from offload._table import format_table
 from offload.cli.options import add_hardware, add_output, model_cost
 from offload.hardware import HardwareProfile
+from offload.homes import DEFAULT_NUM_SLOTS
 from offload.jobs import JobPlan, TrainingJob, plan_job
 from offload.kernels import STATE_FORMATS
 from offload.overlaps import describe
+from offload.plan import Placement
 from offload.pool import Budgets, format_bytes, parse_bytes
 from offload.timeline import draw, write_chrome_trace
 
@@ -65,15 +67,15 @@ def run(options: argparse.Namespace) -> None:
         choices = (found.choice, *found.decision.runners_up[:1])
         updates = [(f"update, {choice.name}", choice.prediction.spans) for choice in choices]
         draw([("the whole step", found.step.spans), *updates], options.plot)
-    print(json.dumps(found.as_dict(), indent=1) if options.json else report(found))
+    print(json.dumps(found.as_dict(), indent=1) if options.json else report(found, options.hardware))
 
 
 def _number(text: str | None) -> str | int | None:
     return int(text) if text is not None and text.isdecimal() else text
 
 
-def report(found: JobPlan) -> str:
-    """The plan for a reader."""
+def report(found: JobPlan, hardware: str) -> str:
+    """The plan for a reader. ``hardware`` is the profile's name or file."""
     job, decision, step, best = found.job, found.decision, found.step, found.choice
     words = str(best.plan).split()
     text = " ".join(words[:_MAX_WORDS]) + (f" ... ({len(words)} operations in all)" if len(words) > _MAX_WORDS else "")
@@ -106,9 +108,44 @@ def report(found: JobPlan) -> str:
             f"hidden: {describe(found.hidden[0].hiding)} (overlap={found.hidden[0].hiding.overlap!r})",
             f"plan: {best.name}; {best.bound.binds} binds (seconds each resource needs at least: {bounds})",
             f"  {text}",
+            f"to run it: {how_to_run(found, hardware)}",
             format_table(ways),
             format_table(plans),
             *(["refused by the budgets:", *refused] if refused else []),
             format_table(levers) if len(levers) > 1 else f"no lever gains {MIN_GAIN:.0%}: {best.bound.binds} binds",
         ]
     )
+
+
+def how_to_run(found: JobPlan, hardware: str) -> str:
+    """What to write in a program so that it runs as planned; plan="auto" begins about so, measures and corrects itself.
+
+    For several ranks under ZeRO, the block of a DeepSpeed configuration (which has fp32 state).
+    """
+    job, hiding, plan, bill = found.job, found.hidden[0].hiding, found.choice.plan, found.memory.bill
+    num_slots = plan.num_buffers(Placement.DEVICE) - hiding.num_passing_slots
+    kinds = set(plan.placements.values())
+    arguments: dict[str, object] = {}
+    if kinds == {Placement.HOST}:
+        arguments["plan"] = "host"
+    elif kinds == {Placement.DEVICE}:
+        arguments["plan"] = "device"
+    elif bill.resident_bytes:  # beside which "auto" keeps two slots free
+        needed = bill.resident_bytes + 2 * max(s.state_bytes for s in job.subgroups())
+        arguments["device_budget"] = min(needed, found.budgets.device_bytes or needed)
+    if num_slots > DEFAULT_NUM_SLOTS and not bill.resident_bytes:
+        arguments["num_slots"] = num_slots
+    if hiding.overlap == "backward":
+        arguments["overlap"] = "backward"
+    if job.num_ranks > 1 and job.zero_stage:
+        return f'"interleaved_offload": {json.dumps(arguments)}'
+    if hiding.num_passing_slots:
+        arguments["num_passing_slots"] = hiding.num_passing_slots
+    if job.state_format != "fp32":
+        arguments["state_format"] = job.state_format
+    if "plan" not in arguments:
+        arguments["profile"] = hardware
+    written = [f"{name}={value!r}" for name, value in arguments.items()]
+    written += ["memory_monitor=monitor"] if hiding.num_passing_slots else []
+    call = f"offload.AdamW({', '.join(['model.parameters()', *written])})"
+    return f"{call}, and each backward in optimizer.update_in_backward()" if hiding.in_backward else call
