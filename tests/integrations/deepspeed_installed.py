@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
-import torch._dynamo  # torch's optimizers import it at first, for seconds in each rank
 
 from offload.integrations.deepspeed import ConfigError, entry, install
 from offload.integrations.deepspeed.config import BLOCK, load_config, split_config
