@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import json
 import os
@@ -56,6 +57,8 @@ def install_with_block(which: str) -> None:
     deepspeed.initialize = initialize
 
 
+# Torch's optimizers import it when the first is constructed: for seconds, in each rank of each test.
+importlib.import_module("torch._dynamo")
 # DeepSpeed would compile it for minutes, to run collectives a little faster.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 if (which := os.environ.get("OFFLOAD_ZERO", "asked")) != "none":
