@@ -125,10 +125,10 @@ def _update_s(optimizer: offload.AdamW, plan: Plan) -> float:
     return elapsed_s(optimizer.timeline())
 
 
-def online(show: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+def online(profiles: Sequence[str] = PROFILES, show: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
     """Every wrong profile on each machine: the worst and the median over the best plan's update."""
     found: dict[str, Any] = {}
-    for name in PROFILES:
+    for name in profiles:
         machine = Machine(HardwareProfile.load(name))
         for seed in SEEDS:
             runs = [machine.run(factors, seed) for factors in WRONG]
@@ -146,8 +146,9 @@ def online(show: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser.add_argument("--profile", nargs="+", default=PROFILES, metavar="NAME", help=f"default: {' '.join(PROFILES)}")
     options = parser.parse_args()
-    found = online(partial(print, flush=True))
+    found = online(options.profile, partial(print, flush=True))
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 

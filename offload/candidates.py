@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 
-from offload.homes import NUM_STAGING, Homes
+from offload.homes import DEFAULT_NUM_SLOTS, MAX_NUM_STAGING, NUM_STAGING, Homes
 from offload.perf_model import Rates
 from offload.plan import Placement, Plan, lower
 from offload.planner import Choice, Search, spread, stride_plan
@@ -16,7 +15,7 @@ from offload.subgroup import Subgroup
 
 # (slots, staging buffers): those of plan="auto"; a third slot fills both link directions where updates on the device
 # are not instant; more staging buffers keep the CPU busy where gradients or new parameters queue behind states.
-BUFFERS = ((2, 4), (3, 4), (3, 8))
+BUFFERS = ((DEFAULT_NUM_SLOTS, MAX_NUM_STAGING), (3, 4), (3, 8))
 STRIDES = (2, 3, 4, 5, 6, 8, 10)  # those the paper's authors measured
 MAX_RANKED = 48  # subgroups in the sample that candidates of large models are ranked by
 NUM_EXACT = 4  # candidates of large models whose whole plan is timed
@@ -106,13 +105,10 @@ def _rank(fitting: Sequence[Candidate], refused: dict[str, str], search: Search)
     if len(sample.subgroups) == num:
         choices = [choice for _, _, choice in ranked]
     else:
-        first_of_equals = {seconds: (candidate, choice) for seconds, candidate, choice in reversed(ranked)}
-        fastest = [first_of_equals[seconds] for seconds in sorted(first_of_equals)[:NUM_EXACT]]
-        exact = [_whole(candidate, choice, search) for candidate, choice in fastest]
+        exact = [_whole(candidate, choice, search) for _, candidate, choice in ranked[:NUM_EXACT]]
         choices = sorted(exact, key=lambda choice: choice.update_s)
     ranking = [Ranked(choice.name, choice.update_s, True) for choice in choices]
-    names = {choice.name for choice in choices}
-    ranking += [Ranked(candidate.name, s, False) for s, candidate, _ in ranked if candidate.name not in names]
+    ranking += [Ranked(candidate.name, seconds, False) for seconds, candidate, _ in ranked[len(choices) :]]
     return Decision(choices[0], tuple(choices[1 : 1 + NUM_RUNNERS_UP]), tuple(ranking), refused)
 
 
@@ -127,7 +123,7 @@ def _whole(candidate: Candidate, sampled: Choice, search: Search) -> Choice:
 def _candidates(subgroups: Sequence[Subgroup], budgets: Budgets, num_slots: int | None) -> Iterator[Candidate]:
     everyone, nobody = frozenset(range(len(subgroups))), frozenset[int]()
     yield Candidate("all host", Homes(num_staging=NUM_STAGING), _no_visits)
-    for residents, where in _resident_sets(subgroups, budgets.device_bytes, 0):
+    for residents, where in _resident_sets(subgroups, budgets.device_bytes, slot_bytes=0):
         yield Candidate(f"{where}, others on the CPU", Homes(residents, num_staging=NUM_STAGING), _no_visits)
     for stride in STRIDES:
         if stride <= len(subgroups):
@@ -135,14 +131,12 @@ def _candidates(subgroups: Sequence[Subgroup], budgets: Budgets, num_slots: int 
             yield Candidate(f"stride {stride}", homes, partial(_stride, stride))
     for slots in dict.fromkeys(num_slots or slots for slots, _ in BUFFERS):
         yield Candidate(f"all visit through {slots} slots", Homes(nobody, everyone, slots), _all_visit)
-    is_large = len(subgroups) > MAX_RANKED  # head and tail are updated in the same time, so one will do
     largest = max((s.state_bytes for s in subgroups), default=0)
     for slots, staging in dict.fromkeys((num_slots or slots, staging) for slots, staging in BUFFERS):
         homes = _pin(Homes(nobody, nobody, slots, staging), subgroups, budgets)
         yield Candidate(f"split, {slots} slots, {staging} staging", homes, _best_split)
     for slots, staging in dict.fromkeys((num_slots or slots, staging) for slots, staging in BUFFERS[:2]):
-        sets = _resident_sets(subgroups, budgets.device_bytes, slots * largest)
-        for residents, where in islice(sets, 1 if is_large else None):
+        for residents, where in _resident_sets(subgroups, budgets.device_bytes, slot_bytes=slots * largest):
             homes = _pin(Homes(residents, nobody, slots, staging), subgroups, budgets)
             name = f"{where}, others split, {slots} slots, {staging} staging"
             yield Candidate(name, homes, _best_split)
@@ -160,13 +154,17 @@ def _pin(homes: Homes, subgroups: Sequence[Subgroup], budgets: Budgets) -> Homes
 
 
 def _resident_sets(
-    subgroups: Sequence[Subgroup], device_bytes: int | None, slot_bytes: int
+    subgroups: Sequence[Subgroup], device_bytes: int | None, *, slot_bytes: int
 ) -> Iterator[tuple[frozenset[int], str]]:
-    """States that may live on the device in what the budget leaves beside the slots: of the head, and of the tail."""
+    """States that may live on the device in what the budget leaves beside the slots: of the head, and of the tail.
+
+    Of large models only the head: both are updated in the same time, and the head hides better.
+    """
     if device_bytes is None:
         return
     seen: set[frozenset[int]] = {frozenset()}
-    for where, ordered in (("head", subgroups), ("tail", subgroups[::-1])):
+    wheres = (("head", subgroups), ("tail", subgroups[::-1]))
+    for where, ordered in wheres[:1] if len(subgroups) > MAX_RANKED else wheres:
         left, chosen = device_bytes - slot_bytes, []
         for subgroup in ordered:
             left -= subgroup.state_bytes

@@ -7,6 +7,7 @@ but measurements: fed with those of a log, it decides again what it decided then
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
@@ -129,7 +130,7 @@ class Controller:
         self._next_step = first_step + WARM_UP_STEPS
         self._before_probe: Plan | None = None  # what to go on from, after a step without visits
         self._ran: Plan | None = None
-        self._seen_s: dict[int, list[float]] = {}  # updates measured since the last surprise, by number of visits
+        self._seen_s: dict[int, deque[float]] = {}  # the last two updates since a surprise, by number of visits
         self._step_s: dict[Overlap, float] = {}  # see Decision
         self.first_plan = self._first_plan()
 
@@ -161,7 +162,7 @@ class Controller:
         if surprised:  # disturbed, or the machine changed
             self._seen_s.clear()
         else:
-            self._seen_s.setdefault(ran.num_visits, []).append(measurement.update_s)
+            self._seen_s.setdefault(ran.num_visits, deque(maxlen=2)).append(measurement.update_s)
         choice = self._choose(ran)
         self._num_settled = 0 if surprised or choice.action != "kept" else self._num_settled + 1
         interval = 1 << min(MAX_INTERVAL.bit_length() - 1, max(0, self._num_settled - SETTLED + 1))
@@ -207,10 +208,10 @@ class Controller:
         Near the best share all are about as long, and what is predicted of them may be more wrong than they differ:
         the plan would move to and fro. Another order of the same share is tried once.
         """
-        tried, current = self._seen_s.get(num_visits, []), self._seen_s.get(than, [])
+        tried, current = self._seen_s.get(num_visits), self._seen_s.get(than)
         if num_visits == than:
-            return len(tried) > 1
-        return bool(tried and current) and tried[-1] > (1 - HYSTERESIS) * current[-1]
+            return tried is not None and len(tried) > 1
+        return tried is not None and current is not None and tried[-1] > (1 - HYSTERESIS) * current[-1]
 
     def _moves(self, placements: Sequence[Placement], target: int) -> tuple[int, ...]:
         """Visitors that change sides on the way to ``target`` visits: few, and evenly spread."""

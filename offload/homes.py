@@ -14,7 +14,7 @@ from offload.subgroup import Subgroup
 
 DEFAULT_NUM_SLOTS = 2  # so that one slot fills while another drains, and both link directions are busy
 NUM_STAGING = 2  # so that the CPU updates one subgroup while another's gradient comes down or parameters go up
-NUM_STAGING_BESIDE_VISITS = 4  # and need not stand still while a gradient or new parameters queue behind states
+MAX_NUM_STAGING = 4  # where budgets hold all: the CPU need not stand still while these queue behind visiting states
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +120,11 @@ def settle(
     num_staging = NUM_STAGING if policy != "device" and (on_host or settled.num_staging) else 0
     homes = Homes(residents, settled.visitors, num_slots or DEFAULT_NUM_SLOTS, num_staging, settled.ringed)
     if policy == "auto":
-        return _fill_budgets(homes, subgroups, on_host, budgets, accelerator)
+        wide = replace(homes, num_staging=max(num_staging, min(len(subgroups) - len(residents), MAX_NUM_STAGING)))
+        wide, narrow = (_fill_budgets(each, subgroups, on_host, budgets, accelerator) for each in (wide, homes))
+        bill = wide.bill(subgroups, accelerator)
+        holds_all = wide.num_slots == homes.num_slots and not wide.host_only(subgroups)
+        return wide if holds_all and (budgets.host_bytes is None or bill.host_bytes <= budgets.host_bytes) else narrow
     placements = choose_placements(policy, len(subgroups), residents)
     visitors = settled.visitors | {s.index for s in on_host if placements[s.index] is Placement.DEVICE}
     return replace(homes, visitors=visitors, num_slots=homes.num_slots if visitors else 0)
@@ -133,28 +137,7 @@ def _fill_budgets(
     budgets: Budgets,
     accelerator: Accelerator | None,
 ) -> Homes:
-    """Let as many host states visit the device as pinned memory holds, through as many slots as device memory holds.
-
-    With more staging buffers where budgets hold all of it.
-    """
-    num_staging = min(len(subgroups) - len(homes.residents), NUM_STAGING_BESIDE_VISITS)
-    if num_staging > homes.num_staging > 0:
-        wide = _fill(replace(homes, num_staging=num_staging), subgroups, on_host, budgets, accelerator)
-        bill = wide.bill(subgroups, accelerator)
-        holds = budgets.host_bytes is None or bill.host_bytes <= budgets.host_bytes
-        if wide.num_slots == homes.num_slots and not wide.host_only(subgroups) and holds:
-            return wide
-    return _fill(homes, subgroups, on_host, budgets, accelerator)
-
-
-def _fill(
-    homes: Homes,
-    subgroups: Sequence[Subgroup],
-    on_host: Sequence[Subgroup],
-    budgets: Budgets,
-    accelerator: Accelerator | None,
-) -> Homes:
-    """The same through the staging buffers of ``homes``."""
+    """Let as many host states visit the device as pinned memory holds, through as many slots as device memory holds."""
     pinned_bytes = homes.bill(subgroups, accelerator).pinned_bytes
     visitors = set(homes.visitors)
     for subgroup in on_host:

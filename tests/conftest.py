@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 import torch
@@ -37,3 +38,13 @@ def one_torch_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(num_threads)
+
+
+@pytest.fixture
+def poison(sim: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """For streaming: freed places hold NaN, how many is counted, and no test ends with a race."""
+    from tests.streaming_models import poison_freed_places
+
+    yield poison_freed_places(monkeypatch)
+    torch.accelerator.synchronize()
+    assert sim.races() == []

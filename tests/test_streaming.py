@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,10 +18,10 @@ import offload
 from offload.accelerators import Accelerator
 from offload.limits import MemoryLimit
 from offload.streaming.sources import HostSource
-from tests.streaming_models import WIDTH, Block, Model, build, poison_freed_places, tokens
+from tests.streaming_models import WIDTH, Block, Model, build, tokens
 from tests.training import assert_same_bits, snapshot
 
-pytestmark = pytest.mark.usefixtures("one_torch_thread")
+pytestmark = pytest.mark.usefixtures("one_torch_thread", "poison")
 
 # Late producers show in one, early overwrites in the other; the race detector watches in all.
 EXECUTORS = (
@@ -33,14 +33,6 @@ EXECUTORS = (
 BLOCK_BYTES = 17408  # of tests.streaming_models.Block
 BASE_BYTES = 13824  # embedding and head
 SMALL = BASE_BYTES + 2 * BLOCK_BYTES  # all eight blocks streamed through two places
-
-
-@pytest.fixture(autouse=True)
-def poison(sim: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Freed places hold NaN, and no test ends with a race."""
-    yield poison_freed_places(monkeypatch)
-    torch.accelerator.synchronize()
-    assert sim.races() == []
 
 
 def streamed(model: nn.Module, budget: int | str = SMALL, **kwargs: Any) -> offload.StreamHandle:

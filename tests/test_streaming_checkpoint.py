@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -13,20 +12,12 @@ import torch
 import offload
 from offload.streaming.checkpoint import map_checkpoint, map_file
 from offload.streaming.host_memory import RING_LENGTH
-from tests.streaming_models import Model, build, poison_freed_places
+from tests.streaming_models import Model, build
 from tests.test_streaming import BLOCK_BYTES, EXECUTORS, SMALL, expected, limit_host_memory, outputs, streamed
 from tests.training import assert_same_bits, snapshot
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
-pytestmark = pytest.mark.usefixtures("one_torch_thread")
-
-
-@pytest.fixture(autouse=True)
-def poison(sim: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Freed places hold NaN, and no test ends with a race."""
-    yield poison_freed_places(monkeypatch)
-    torch.accelerator.synchronize()
-    assert sim.races() == []
+pytestmark = pytest.mark.usefixtures("one_torch_thread", "poison")
 
 
 def save_shards(folder: Path) -> None:

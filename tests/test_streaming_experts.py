@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,23 +17,15 @@ from offload.lanes.ordering import AccessHistory, ordering_lanes
 from offload.streaming.arena import ALIGN_BYTES
 from offload.streaming.expert_cache import HALF_LIFE_PASSES, ExpertCache
 from offload.streaming.prediction import SizesOnly, arena_cells
-from tests.streaming_models import WIDTH, Model, build, poison_freed_places
+from tests.streaming_models import WIDTH, Model, build
 from tests.test_streaming import EXECUTORS, expected, outputs, streamed
 from tests.test_streaming_training import gradients, loss_of, reference_gradients
 from tests.training import assert_same_bits, snapshot
 
-pytestmark = pytest.mark.usefixtures("one_torch_thread")
+pytestmark = pytest.mark.usefixtures("one_torch_thread", "poison")
 
 NUM_EXPERTS, TOP_K, NUM_BLOCKS = 6, 3, 3
 EXPERT_BYTES = 2 * WIDTH * WIDTH * 4
-
-
-@pytest.fixture(autouse=True)
-def poison(sim: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Freed places hold NaN, and no test ends with a race."""
-    yield poison_freed_places(monkeypatch)
-    torch.accelerator.synchronize()
-    assert sim.races() == []
 
 
 class Expert(nn.Module):

@@ -3,7 +3,7 @@ unstreamed; or refused before anything is moved."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -14,20 +14,12 @@ from torch import Tensor, nn
 
 import offload
 from offload.streaming import quantised
-from tests.streaming_models import WIDTH, Model, build, poison_freed_places, tokens
+from tests.streaming_models import WIDTH, Model, build, tokens
 from tests.test_streaming import EXECUTORS, add_adapters, outputs, streamed
 from tests.test_streaming_training import gradients, loss_of
 from tests.training import assert_same_bits
 
-pytestmark = pytest.mark.usefixtures("one_torch_thread")
-
-
-@pytest.fixture(autouse=True)
-def poison(sim: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Freed places hold NaN, and no test ends with a race."""
-    yield poison_freed_places(monkeypatch)
-    torch.accelerator.synchronize()
-    assert sim.races() == []
+pytestmark = pytest.mark.usefixtures("one_torch_thread", "poison")
 
 
 class Int4(Tensor):

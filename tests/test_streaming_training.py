@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -18,21 +18,13 @@ from offload.lanes import Work
 from offload.streaming.blocks import NamedTensor
 from offload.streaming.gradients import StreamedGradients
 from offload.streaming.packing import PackedLayer, Packing
-from tests.streaming_models import VOCAB, Block, Model, build, poison_freed_places, tokens
+from tests.streaming_models import VOCAB, Block, Model, build, tokens
 from tests.test_streaming import BASE_BYTES, BLOCK_BYTES, EXECUTORS, SMALL, add_adapters, limit_host_memory, streamed
 from tests.training import assert_same_bits, snapshot
 
-pytestmark = pytest.mark.usefixtures("one_torch_thread")
+pytestmark = pytest.mark.usefixtures("one_torch_thread", "poison")
 
 HYPER: dict[str, Any] = {"lr": 3e-3, "weight_decay": 0.05}
-
-
-@pytest.fixture(autouse=True)
-def poison(sim: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Freed places hold NaN, and no test ends with a race."""
-    yield poison_freed_places(monkeypatch)
-    torch.accelerator.synchronize()
-    assert sim.races() == []
 
 
 def loss_of(model: nn.Module, step: int, device: str = "sim") -> Tensor:
