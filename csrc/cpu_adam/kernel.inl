@@ -28,18 +28,33 @@ OFFLOAD_INLINE void StoreRow(void* row, size_t i, Pair values) {
   Lane::Store(static_cast<float*>(row) + i + Lane::kWidth, values.y);
 }
 
+// Of a block in kInt8.
+struct Scales {
+  Vec first, second;
+};
+
+template <class Rule, StateFormat kState>
+OFFLOAD_INLINE Scales LoadScales(const Buffers& b, size_t begin) {
+  Scales scales{Lane::Broadcast(0.0f), Lane::Broadcast(0.0f)};
+  if constexpr (kState == StateFormat::kInt8) {
+    if constexpr (Rule::kHasFirst) scales.first = Lane::Broadcast(b.first_scale[begin / kStateBlock]);
+    if constexpr (Rule::kHasSecond) scales.second = Lane::Broadcast(b.second_scale[begin / kStateBlock]);
+  }
+  return scales;
+}
+
 template <StateFormat kState, bool kIsSecond>
-OFFLOAD_INLINE Pair LoadMoment(const void* moment, const float* scales, size_t i) {
-  if constexpr (kState == StateFormat::kInt8) return WidenCodes<kIsSecond>(moment, scales, i);
+OFFLOAD_INLINE Pair LoadMoment(const void* moment, size_t i, Vec scale) {
+  if constexpr (kState == StateFormat::kInt8) return WidenCodes<kIsSecond>(moment, i, scale);
   return LoadRow<kState>(moment, kState == StateFormat::kBFloat16 ? Format::kBFloat16 : Format::kFloat32, i);
 }
 
 template <class Rule, StateFormat kState>
-OFFLOAD_INLINE Elements Read(const Buffers& b, size_t i) {
+OFFLOAD_INLINE Elements Read(const Buffers& b, size_t i, const Scales& scales) {
   const Vec zero = Lane::Broadcast(0.0f);
   Elements e{{zero, zero}, {zero, zero}, {zero, zero}, {zero, zero}};
-  if constexpr (Rule::kHasFirst) e.first = LoadMoment<kState, false>(b.first, b.first_scale, i);
-  if constexpr (Rule::kHasSecond) e.second = LoadMoment<kState, true>(b.second, b.second_scale, i);
+  if constexpr (Rule::kHasFirst) e.first = LoadMoment<kState, false>(b.first, i, scales.first);
+  if constexpr (Rule::kHasSecond) e.second = LoadMoment<kState, true>(b.second, i, scales.second);
   if constexpr (Rule::kHasMaxSecond) e.max_second = LoadRow<kState>(b.max_second, Format::kFloat32, i);
   if constexpr (kState == StateFormat::kFloat32) {
     e.param = LoadRow<kState>(b.master, Format::kFloat32, i);
@@ -56,8 +71,8 @@ OFFLOAD_INLINE Elements Read(const Buffers& b, size_t i) {
 }
 
 template <class Rule, StateFormat kState>
-OFFLOAD_INLINE Elements ReadAndStep(const Buffers& b, size_t i, const Rule& rule) {
-  Elements e = Read<Rule, kState>(b, i);
+OFFLOAD_INLINE Elements ReadAndStep(const Buffers& b, size_t i, const Scales& scales, const Rule& rule) {
+  Elements e = Read<Rule, kState>(b, i, scales);
   const Pair grad = LoadRow<kState>(b.grad, b.grad_format, i);
   rule.Step(e.param.x, e.first.x, e.second.x, e.max_second.x, grad.x);
   rule.Step(e.param.y, e.first.y, e.second.y, e.max_second.y, grad.y);
@@ -88,13 +103,16 @@ OFFLOAD_INLINE Pair MarkTies(Pair second, Int ties) {
 template <class Rule, StateFormat kState>
 OFFLOAD_INLINE void WriteMoments(const Buffers& b, size_t i, const Elements& e, Int ties) {
   if constexpr (kState == StateFormat::kBFloat16) {
-    const RandomPair random = RandomBits(b.rounding, i);
+    const Int even = EvenNumbers(b.rounding, i);
+    const Thresholds x = RandomThresholds(b.rounding, even);
+    const Thresholds y = RandomThresholds(b.rounding, Lane::AddInt(even, Lane::BroadcastInt(1)));
     if constexpr (Rule::kHasFirst) {
-      Lane::StoreHalves(static_cast<uint16_t*>(b.first) + i, RoundUpAtRandom<false>(e.first, random));
+      Lane::StoreHalves(static_cast<uint16_t*>(b.first) + i, RoundUpAtRandom(e.first, x.first, y.first));
     }
     if constexpr (Rule::kHasSecond) {
       const Int sign = Lane::And(ties, Lane::BroadcastInt(0x80008000u));
-      Lane::StoreHalves(static_cast<uint16_t*>(b.second) + i, Lane::Or(RoundUpAtRandom<true>(e.second, random), sign));
+      const Int second = RoundUpAtRandom(e.second, x.second, y.second);
+      Lane::StoreHalves(static_cast<uint16_t*>(b.second) + i, Lane::Or(second, sign));
     }
     return;
   }
@@ -110,59 +128,84 @@ OFFLOAD_INLINE void WriteMoments(const Buffers& b, size_t i, const Elements& e, 
 struct Moments {
   alignas(64) float first[kStateBlock];
   alignas(64) float second[kStateBlock];
-  Int largest_first, largest_second;
-
-  // Written out: a constructor that the compiler makes is made outside the target region.
-  OFFLOAD_INLINE Moments() : largest_first(Lane::BroadcastInt(0)), largest_second(Lane::BroadcastInt(0)) {}
-
-  OFFLOAD_INLINE void Put(size_t k, const Elements& e) {
-    StoreRow<StateFormat::kFloat32>(first, k, e.first);
-    StoreRow<StateFormat::kFloat32>(second, k, e.second);
-    largest_first = Lane::MaxInt(largest_first, Lane::MaxInt(Magnitude(e.first.x), Magnitude(e.first.y)));
-    largest_second = Lane::MaxInt(largest_second, Lane::MaxInt(Magnitude(e.second.x), Magnitude(e.second.y)));
-  }
-
-  template <class Rule>
-  OFFLOAD_INLINE void Write(const Buffers& b, size_t begin) const {
-    const Scaling of_first = ChooseScaling<false>(largest_first), of_second = ChooseScaling<true>(largest_second);
-    if constexpr (Rule::kHasFirst) b.first_scale[begin / kStateBlock] = of_first.scale;
-    if constexpr (Rule::kHasSecond) b.second_scale[begin / kStateBlock] = of_second.scale;
-    for (size_t k = 0; k < kStateBlock; k += 2 * Lane::kWidth) {
-      const RandomPair random = RandomBits(b.rounding, begin + k);
-      const Pair first_pair = LoadRow<StateFormat::kFloat32>(first, Format::kFloat32, k);
-      const Pair second_pair = LoadRow<StateFormat::kFloat32>(second, Format::kFloat32, k);
-      if constexpr (Rule::kHasFirst) NarrowToCodes<false>(first_pair, of_first, random, b.first, begin + k);
-      if constexpr (Rule::kHasSecond) NarrowToCodes<true>(second_pair, of_second, random, b.second, begin + k);
-    }
-  }
+  alignas(64) float second_thresholds[kStateBlock];
 };
 
-// A pair of the block that begins at `begin`; in int8 the moments are only put by.
-template <class Rule, StateFormat kState>
-OFFLOAD_INLINE void Write(const Buffers& b, size_t i, const Elements& e, bool streaming, size_t begin,
-                          Moments& moments) {
-  const Int ties = WriteParam<kState>(b, i, e, streaming);
-  if constexpr (kState == StateFormat::kInt8) {
-    moments.Put(i - begin, e);
-  } else {
-    WriteMoments<Rule, kState>(b, i, e, ties);
+// The largest magnitudes of a block's moments so far, as bits.
+struct Largest {
+  Int first, second;
+};
+
+template <class Rule>
+OFFLOAD_INLINE void WriteCodes(const Buffers& b, size_t begin, Moments& moments, const Largest& largest) {
+  constexpr size_t kTwoPairs = 4 * Lane::kWidth;
+  const Scaling of_first = ChooseScaling<false>(largest.first), of_second = ChooseScaling<true>(largest.second);
+  const Vec first_inverse = Lane::Broadcast(of_first.inverse), second_inverse = Lane::Broadcast(of_second.inverse);
+  uint8_t* const first_codes = static_cast<uint8_t*>(b.first) + begin;
+  uint8_t* const second_codes = static_cast<uint8_t*>(b.second) + begin;
+  Int number = EvenNumbers(b.rounding, begin);
+  for (size_t i = 0; i < kStateBlock; i += kTwoPairs) {
+    Vec thresholds[4];
+    for (size_t k = 0; k < 4; ++k) {
+      const Thresholds both = RandomThresholds(b.rounding, number);
+      number = Lane::AddInt(number, Lane::BroadcastInt(k % 2 == 0 ? 1 : 2 * Lane::kWidth - 1));
+      thresholds[k] = Lane::ToFloat(both.first);
+      Lane::Store(moments.second_thresholds + i + k * Lane::kWidth, Lane::ToFloat(both.second));
+    }
+    if constexpr (Rule::kHasFirst) NarrowFirst(moments.first + i, first_inverse, thresholds, first_codes + i);
   }
+  for (size_t i = 0; Rule::kHasSecond && i < kStateBlock; i += kTwoPairs) {
+    NarrowSecond(moments.second + i, second_inverse, moments.second_thresholds + i, second_codes + i);
+  }
+  if constexpr (Rule::kHasFirst) {
+    b.first_scale[begin / kStateBlock] = of_first.scale;
+    if (of_first.inverse == 0.0f) std::memset(first_codes, 0, kStateBlock);
+  }
+  if constexpr (Rule::kHasSecond) {
+    b.second_scale[begin / kStateBlock] = of_second.scale;
+    if (of_second.inverse == 0.0f) std::memset(second_codes, 0, kStateBlock);
+  }
+}
+
+// In kInt8: first all moments of the block, then their codes.
+template <class Rule>
+OFFLOAD_INLINE void UpdateCodes(const Buffers& b, size_t begin, const Rule& rule) {
+  constexpr StateFormat kState = StateFormat::kInt8;
+  const Scales scales = LoadScales<Rule, kState>(b, begin);
+  Moments moments;
+  Largest largest{Lane::BroadcastInt(0), Lane::BroadcastInt(0)};
+  for (size_t k = 0; k < kStateBlock; k += 2 * Lane::kWidth) {
+    const Elements e = ReadAndStep<Rule, kState>(b, begin + k, scales, rule);
+    WriteParam<kState>(b, begin + k, e, false);
+    StoreRow<StateFormat::kFloat32>(moments.first, k, e.first);
+    StoreRow<StateFormat::kFloat32>(moments.second, k, e.second);
+    largest.first = Lane::MaxInt(largest.first, Lane::MaxInt(Magnitude(e.first.x), Magnitude(e.first.y)));
+    largest.second = Lane::MaxInt(largest.second, Lane::MaxInt(Lane::Bits(e.second.x), Lane::Bits(e.second.y)));
+  }
+  WriteCodes<Rule>(b, begin, moments, largest);
+}
+
+// A pair of elements, but for kInt8.
+template <class Rule, StateFormat kState>
+OFFLOAD_INLINE void Write(const Buffers& b, size_t i, const Elements& e, bool streaming) {
+  const Int ties = WriteParam<kState>(b, i, e, streaming);
+  WriteMoments<Rule, kState>(b, i, e, ties);
 }
 
 // A pair is written while the next one is computed: roots and divisions take long, and what waits for them would leave
 // the processor no room to look further ahead for other work.
 template <class Rule, StateFormat kState>
 OFFLOAD_INLINE void UpdateBlock(const Buffers& b, size_t begin, const Rule& rule, bool streaming) {
+  if constexpr (kState == StateFormat::kInt8) return UpdateCodes<Rule>(b, begin, rule);
   constexpr size_t kPair = 2 * Lane::kWidth;
-  Moments moments;
-  Elements e = ReadAndStep<Rule, kState>(b, begin, rule);
+  const Scales scales = LoadScales<Rule, kState>(b, begin);
+  Elements e = ReadAndStep<Rule, kState>(b, begin, scales, rule);
   for (size_t i = begin + kPair; i < begin + kStateBlock; i += kPair) {
-    const Elements next = ReadAndStep<Rule, kState>(b, i, rule);
-    Write<Rule, kState>(b, i - kPair, e, streaming, begin, moments);
+    const Elements next = ReadAndStep<Rule, kState>(b, i, scales, rule);
+    Write<Rule, kState>(b, i - kPair, e, streaming);
     e = next;
   }
-  Write<Rule, kState>(b, begin + kStateBlock - kPair, e, streaming, begin, moments);
-  if constexpr (kState == StateFormat::kInt8) moments.template Write<Rule>(b, begin);
+  Write<Rule, kState>(b, begin + kStateBlock - kPair, e, streaming);
 }
 
 // Only a parameter copy beside a master is written with streaming stores: all else is read first, and a line that is

@@ -15,6 +15,9 @@ struct Lane {
   static OFFLOAD_INLINE Vec Div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
   static OFFLOAD_INLINE Vec Sqrt(Vec a) { return _mm512_sqrt_ps(a); }
   static OFFLOAD_INLINE Vec Fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+  static OFFLOAD_INLINE Vec SubProduct(Vec a, Vec b, Vec c) { return _mm512_fnmadd_ps(b, c, a); }
+  static OFFLOAD_INLINE Vec AddProduct(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(b, c, a); }
+  static OFFLOAD_INLINE Vec ProductSub(Vec a, Vec b, Vec c) { return _mm512_fmsub_ps(a, b, c); }
   static OFFLOAD_INLINE Vec Max(Vec a, Vec b) {  // a + b is NaN in the unordered lanes
     return _mm512_mask_add_ps(_mm512_max_ps(a, b), _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q), a, b);
   }
@@ -48,21 +51,19 @@ struct Lane {
   static OFFLOAD_INLINE Int ShiftRightSigned(Int x) {
     return _mm512_srai_epi32(x, kBits);
   }
-  static OFFLOAD_INLINE Int MaxInt(Int a, Int b) { return _mm512_max_epi32(a, b); }
-  static OFFLOAD_INLINE Int MinInt(Int a, Int b) { return _mm512_min_epi32(a, b); }
-  static OFFLOAD_INLINE uint32_t Largest(Int x) {
-    alignas(64) uint32_t lanes[kWidth];
-    StoreInt(lanes, x);
-    return *std::max_element(lanes, lanes + kWidth);
-  }
+  static OFFLOAD_INLINE Int MaxInt(Int a, Int b) { return _mm512_max_epu32(a, b); }
+  static OFFLOAD_INLINE uint32_t Largest(Int x) { return _mm512_reduce_max_epu32(x); }
 
   static OFFLOAD_INLINE Int LoadHalves(const uint16_t* a) { return _mm512_loadu_si512(a); }
   static OFFLOAD_INLINE void StoreHalves(uint16_t* a, Int x) { _mm512_storeu_si512(a, x); }
   static OFFLOAD_INLINE Int Blend(Int lower, Int upper) { return _mm512_mask_mov_epi16(lower, 0xAAAAAAAA, upper); }
   static OFFLOAD_INLINE Int AddHalves(Int a, Int b) { return _mm512_add_epi16(a, b); }
   static OFFLOAD_INLINE Int SubHalves(Int a, Int b) { return _mm512_sub_epi16(a, b); }
-  static OFFLOAD_INLINE Int EqualHalves(Int a, Int b) { return _mm512_movm_epi16(_mm512_cmpeq_epi16_mask(a, b)); }
+  static OFFLOAD_INLINE Int SubHalvesToZero(Int a, Int b) { return _mm512_subs_epu16(a, b); }
+  static OFFLOAD_INLINE Int MinHalves(Int a, Int b) { return _mm512_min_epu16(a, b); }
   static OFFLOAD_INLINE Int SpreadSignHalves(Int x) { return _mm512_srai_epi16(x, 15); }
+  static OFFLOAD_INLINE Int MulHalves(Int a, Int b) { return _mm512_mullo_epi16(a, b); }
+  static OFFLOAD_INLINE Int AbsHalves(Int x) { return _mm512_abs_epi16(x); }
   static OFFLOAD_INLINE Int AndNot(Int a, Int b) { return _mm512_andnot_si512(a, b); }
 
   static OFFLOAD_INLINE Mask IsNan(Vec x) { return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q); }
@@ -73,8 +74,24 @@ struct Lane {
   static OFFLOAD_INLINE Int Truncate(Vec x) { return _mm512_cvttps_epi32(x); }
   static OFFLOAD_INLINE Vec ToFloat(Int x) { return _mm512_cvtepi32_ps(x); }
   static OFFLOAD_INLINE Int LoadWide(const void* a) { return _mm512_cvtepu16_epi32(Load32Bytes(a)); }
-  static OFFLOAD_INLINE void StoreNarrow(void* a, Int x) {
-    _mm256_storeu_si256(static_cast<__m256i*>(a), _mm512_cvtepi32_epi16(x));
+  static OFFLOAD_INLINE Int LoadBytes(const uint8_t* a) { return _mm512_cvtepu8_epi16(Load32Bytes(a)); }
+  static OFFLOAD_INLINE Int LoadSignedBytes(const int8_t* a) { return _mm512_cvtepi8_epi16(Load32Bytes(a)); }
+  static OFFLOAD_INLINE void StoreBytes(uint8_t* a, const Int (&x)[4], const Int (&nonzero)[4]) {
+    const Int one = BroadcastInt(1);
+    Int bytes[4];
+    for (int k = 0; k < 4; ++k) {
+      bytes[k] = _mm512_mask_max_epu32(x[k], _mm512_test_epi32_mask(nonzero[k], nonzero[k]), x[k], one);
+      bytes[k] = _mm512_min_epu32(bytes[k], BroadcastInt(255));
+    }
+    StoreInterleaved(a, bytes);
+  }
+  static OFFLOAD_INLINE void StoreSignedBytes(uint8_t* a, const Int (&x)[4], const Int (&up)[4], const Int (&sign)[4]) {
+    Int bytes[4];
+    for (int k = 0; k < 4; ++k) {
+      bytes[k] = _mm512_min_epu32(AddWhere(_mm512_movepi32_mask(up[k]), x[k]), BroadcastInt(127));
+      bytes[k] = _mm512_mask_sub_epi32(bytes[k], _mm512_movepi32_mask(sign[k]), _mm512_setzero_si512(), bytes[k]);
+    }
+    StoreInterleaved(a, bytes);
   }
   static OFFLOAD_INLINE Vec LoadFloat16(const uint16_t* a) { return _mm512_cvtph_ps(Load32Bytes(a)); }
   static OFFLOAD_INLINE Int ToFloat16(Vec x) {
@@ -105,6 +122,13 @@ struct Lane {
   static OFFLOAD_INLINE void FinishStreaming() { _mm_sfence(); }
 
  private:
+  // The lowest byte of each lane of two pairs.
+  static OFFLOAD_INLINE void StoreInterleaved(uint8_t* a, const Int (&x)[4]) {
+    for (int k = 0; k < 4; k += 2) {
+      const Int halves = _mm512_mask_mov_epi8(ShiftLeft<8>(x[k + 1]), 0x1111111111111111, x[k]);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(a + k * kWidth), _mm512_cvtepi32_epi16(halves));
+    }
+  }
   static OFFLOAD_INLINE __m256i Load32Bytes(const void* a) {
     return _mm256_loadu_si256(static_cast<const __m256i*>(a));
   }

@@ -26,7 +26,7 @@ class AdamRule {
         sqrt_bias_correction2(Lane::Broadcast(s.sqrt_bias_correction2)),
         eps(Lane::Broadcast(s.eps)),
         neg_step_size(Lane::Broadcast(s.neg_step_size)),
-        has_l2(s.l2_decay != 0.0f),
+        has_l2((FloatToBits(s.l2_decay) << 1) != 0),
         lerp_from_grad(s.lerp_from_grad != 0) {}
 
   OFFLOAD_INLINE void Step(Vec& param, Vec& exp_avg, Vec& exp_avg_sq, Vec& max_exp_avg_sq, Vec grad) const {
@@ -86,7 +86,7 @@ class Adagrad {
         l2_decay(Lane::Broadcast(s.l2_decay)),
         eps(Lane::Broadcast(s.eps)),
         neg_step_size(Lane::Broadcast(s.neg_step_size)),
-        has_l2(s.l2_decay != 0.0f) {}
+        has_l2((FloatToBits(s.l2_decay) << 1) != 0) {}
 
   OFFLOAD_INLINE void Step(Vec& param, Vec&, Vec& sum, Vec&, Vec grad) const {
     grad = Lane::Mul(grad, grad_multiplier);
@@ -114,7 +114,7 @@ class SgdRule {
         momentum(Lane::Broadcast(s.momentum)),
         one_minus_dampening(Lane::Broadcast(s.one_minus_dampening)),
         neg_lr(Lane::Broadcast(s.neg_lr)),
-        has_l2(s.l2_decay != 0.0f),
+        has_l2((FloatToBits(s.l2_decay) << 1) != 0),
         is_first(s.is_first != 0),
         nesterov(s.nesterov != 0) {}
 
