@@ -29,6 +29,8 @@
 #endif
 
 #define OFFLOAD_INLINE inline __attribute__((always_inline))
+#define OFFLOAD_LIKELY(condition) __builtin_expect(condition, 1)
+#define OFFLOAD_UNLIKELY(condition) __builtin_expect(condition, 0)
 #define OFFLOAD_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace offload {

@@ -55,7 +55,7 @@ struct Pair {
 };
 
 OFFLOAD_INLINE Pair LoadFloatPair(const void* source, Format format, size_t i) {
-  if (format == Format::kBFloat16) {
+  if (OFFLOAD_LIKELY(format == Format::kBFloat16)) {
     const Int halves = Lane::LoadHalves(static_cast<const uint16_t*>(source) + i);
     return {Lane::FromBits(Lane::ShiftLeft<16>(halves)),
             Lane::FromBits(Lane::And(halves, Lane::BroadcastInt(0xffff0000u)))};
@@ -170,44 +170,58 @@ OFFLOAD_INLINE Scaling ChooseScaling(Int largest) {
   return {scale, 1.0f / scale};
 }
 
-// The lower of the two codes that a value lies between, and how far the square of its root is above that of the code.
-struct Root {
+// Two pairs of a block's moments are narrowed at a time, in two parts: roots take long, and what waits for them would
+// leave the processor no room to look ahead. So they are begun, other work is done, and only then are they used.
+struct Roots {
+  Vec vectors[4];
+};
+
+OFFLOAD_INLINE Vec Square(const float* magnitudes, size_t k, Vec inverse) {
+  return Lane::Mul(Lane::Load(magnitudes + k * Lane::kWidth), inverse);
+}
+
+OFFLOAD_INLINE Roots BeginRoots(const float* magnitudes, Vec inverse) {
+  Roots roots;
+  for (size_t k = 0; k < 4; ++k) roots.vectors[k] = Lane::Sqrt(Square(magnitudes, k, inverse));
+  return roots;
+}
+
+// The lower of the two codes that a value lies between, and how far the value is above it.
+struct Below {
   Int code;
   Vec excess;
   Vec gap;  // to the next square, times 2^-16, the unit of thresholds
 };
 
-OFFLOAD_INLINE Root FindRoot(Vec magnitude, Vec inverse) {
-  const Vec square = Lane::Mul(magnitude, inverse);
-  const Int code = Lane::Truncate(Lane::Sqrt(square));
-  const Vec root = Lane::ToFloat(code);
-  return {code, Lane::SubProduct(square, root, root),
-          Lane::AddProduct(Lane::Broadcast(0x1p-16f), root, Lane::Broadcast(0x1p-15f))};
+OFFLOAD_INLINE Below FindBelow(Vec root, Vec square) {
+  const Int code = Lane::Truncate(root);
+  const Vec whole = Lane::ToFloat(code);
+  return {code, Lane::SubProduct(square, whole, whole),
+          Lane::AddProduct(Lane::Broadcast(0x1p-16f), whole, Lane::Broadcast(0x1p-15f))};
 }
 
-// Two pairs of a block's moments as codes. A value between two codes takes the upper one with the probability that
-// makes its mean exact. Products of thresholds and gaps are exact for first moments.
-OFFLOAD_INLINE void NarrowFirst(const float* moments, Vec inverse, const Vec (&thresholds)[4], uint8_t* codes) {
-  Int values[4], below[4], is_up[4];
+// A value between two codes takes the upper one with the probability that makes its mean exact. Products of thresholds
+// and gaps are exact for first moments.
+OFFLOAD_INLINE void NarrowFirst(const float* magnitudes, const uint32_t* signs, const Roots& roots, Vec inverse,
+                                const Vec (&thresholds)[4], uint8_t* codes) {
+  Int below[4], is_up[4];
   for (size_t k = 0; k < 4; ++k) {
-    const Vec x = Lane::Load(moments + k * Lane::kWidth);
-    const Root root = FindRoot(Lane::FromBits(Magnitude(x)), inverse);
-    values[k] = Lane::Bits(x);
-    below[k] = root.code;
-    is_up[k] = Lane::Bits(Lane::ProductSub(thresholds[k], root.gap, root.excess));
+    const Below found = FindBelow(roots.vectors[k], Square(magnitudes, k, inverse));
+    below[k] = found.code;
+    is_up[k] = Lane::Bits(Lane::ProductSub(thresholds[k], found.gap, found.excess));
   }
-  Lane::StoreSignedBytes(codes, below, is_up, values);
+  Lane::StoreSignedBytes(codes, below, is_up, Lane::LoadInt(signs), Lane::LoadInt(signs + Lane::kWidth));
 }
 
 // Of a second moment only zero is stored as zero: it divides.
-OFFLOAD_INLINE void NarrowSecond(const float* moments, Vec inverse, const float* thresholds, uint8_t* codes) {
-  Int values[4], narrowed[4];
+OFFLOAD_INLINE void NarrowSecond(const float* moments, const Roots& roots, Vec inverse, const float* thresholds,
+                                 uint8_t* codes) {
+  Int bits[4], narrowed[4];
   for (size_t k = 0; k < 4; ++k) {
-    const Vec x = Lane::Load(moments + k * Lane::kWidth);
-    const Root root = FindRoot(x, inverse);
-    values[k] = Lane::Bits(x);
-    const Vec threshold = Lane::Mul(root.gap, Lane::Load(thresholds + k * Lane::kWidth));
-    narrowed[k] = Lane::AddWhere(Lane::Greater(root.excess, threshold), root.code);
+    const Below found = FindBelow(roots.vectors[k], Square(moments, k, inverse));
+    const Vec threshold = Lane::Mul(found.gap, Lane::Load(thresholds + k * Lane::kWidth));
+    narrowed[k] = Lane::AddWhere(Lane::Greater(found.excess, threshold), found.code);
+    bits[k] = Lane::Bits(Lane::Load(moments + k * Lane::kWidth));
   }
-  Lane::StoreBytes(codes, narrowed, values);
+  Lane::StoreBytes(codes, narrowed, bits);
 }

@@ -81,13 +81,13 @@ OFFLOAD_INLINE Elements ReadAndStep(const Buffers& b, size_t i, const Scales& sc
 
 // Parameter and master. Returns the ties among them, in memory's order: they go to the second moment's sign.
 template <StateFormat kState>
-OFFLOAD_INLINE Int WriteParam(const Buffers& b, size_t i, const Elements& e, bool streaming) {
+OFFLOAD_INLINE Int WriteParam(const Buffers& b, size_t i, Pair param, bool streaming) {
   if constexpr (kState == StateFormat::kFloat32) {
-    StoreRow<kState>(b.master, i, e.param);
-    StoreFloats(b.param, b.param_format, i, e.param.x, e.param.y, streaming);
+    StoreRow<kState>(b.master, i, param);
+    StoreFloats(b.param, b.param_format, i, param.x, param.y, streaming);
     return Lane::BroadcastInt(0);
   }
-  const Halves halves = SplitMaster(e.param);
+  const Halves halves = SplitMaster(param);
   Lane::StoreHalves(static_cast<uint16_t*>(b.param) + i, halves.param);
   Lane::StoreHalves(static_cast<uint16_t*>(b.master) + i, halves.remainder);
   return halves.ties;
@@ -124,71 +124,89 @@ OFFLOAD_INLINE void WriteMoments(const Buffers& b, size_t i, const Elements& e, 
   if constexpr (Rule::kHasMaxSecond) StoreRow<kState>(b.max_second, i, e.max_second);
 }
 
-// The moments of a block in fp32, until its scales are known.
-struct Moments {
-  alignas(64) float first[kStateBlock];
+// A block of kInt8 between its step and its codes, which need the largest magnitudes of the whole block first.
+struct Staged {
+  alignas(64) float param[kStateBlock];
+  alignas(64) float first[kStateBlock];  // magnitudes
+  alignas(64) uint32_t first_signs[kStateBlock / 2];
   alignas(64) float second[kStateBlock];
   alignas(64) float second_thresholds[kStateBlock];
 };
 
-// The largest magnitudes of a block's moments so far, as bits.
+// As bits.
 struct Largest {
   Int first, second;
 };
 
 template <class Rule>
-OFFLOAD_INLINE void WriteCodes(const Buffers& b, size_t begin, Moments& moments, const Largest& largest) {
-  constexpr size_t kTwoPairs = 4 * Lane::kWidth;
-  const Scaling of_first = ChooseScaling<false>(largest.first), of_second = ChooseScaling<true>(largest.second);
-  const Vec first_inverse = Lane::Broadcast(of_first.inverse), second_inverse = Lane::Broadcast(of_second.inverse);
-  uint8_t* const first_codes = static_cast<uint8_t*>(b.first) + begin;
-  uint8_t* const second_codes = static_cast<uint8_t*>(b.second) + begin;
+OFFLOAD_INLINE Largest StepBlock(const Buffers& b, size_t begin, const Rule& rule, Staged& staged) {
+  const Scales scales = LoadScales<Rule, StateFormat::kInt8>(b, begin);
+  Largest largest{Lane::BroadcastInt(0), Lane::BroadcastInt(0)};
+  for (size_t k = 0; k < kStateBlock; k += 2 * Lane::kWidth) {
+    const Elements e = ReadAndStep<Rule, StateFormat::kInt8>(b, begin + k, scales, rule);
+    const Int x = Magnitude(e.first.x), y = Magnitude(e.first.y);
+    StoreRow<StateFormat::kFloat32>(staged.param, k, e.param);
+    StoreRow<StateFormat::kFloat32>(staged.first, k, {Lane::FromBits(x), Lane::FromBits(y)});
+    Lane::StoreInt(staged.first_signs + k / 2, Lane::PackHalves(Lane::Bits(e.first.x), Lane::Bits(e.first.y)));
+    StoreRow<StateFormat::kFloat32>(staged.second, k, e.second);
+    largest.first = Lane::MaxInt(largest.first, Lane::MaxInt(x, y));
+    largest.second = Lane::MaxInt(largest.second, Lane::MaxInt(Lane::Bits(e.second.x), Lane::Bits(e.second.y)));
+  }
+  return largest;
+}
+
+constexpr size_t kTwoPairs = 4 * Lane::kWidth;
+
+// Codes of the first moment, and thresholds for those of the second.
+template <class Rule>
+OFFLOAD_INLINE void WriteFirst(const Buffers& b, size_t begin, Staged& staged, const Scaling& scaling) {
+  const Vec inverse = Lane::Broadcast(scaling.inverse);
+  uint8_t* const codes = static_cast<uint8_t*>(b.first) + begin;
   Int number = EvenNumbers(b.rounding, begin);
   for (size_t i = 0; i < kStateBlock; i += kTwoPairs) {
+    const Roots roots = BeginRoots(staged.first + i, inverse);
     Vec thresholds[4];
     for (size_t k = 0; k < 4; ++k) {
       const Thresholds both = RandomThresholds(b.rounding, number);
       number = Lane::AddInt(number, Lane::BroadcastInt(k % 2 == 0 ? 1 : 2 * Lane::kWidth - 1));
       thresholds[k] = Lane::ToFloat(both.first);
-      Lane::Store(moments.second_thresholds + i + k * Lane::kWidth, Lane::ToFloat(both.second));
+      Lane::Store(staged.second_thresholds + i + k * Lane::kWidth, Lane::ToFloat(both.second));
     }
-    if constexpr (Rule::kHasFirst) NarrowFirst(moments.first + i, first_inverse, thresholds, first_codes + i);
-  }
-  for (size_t i = 0; Rule::kHasSecond && i < kStateBlock; i += kTwoPairs) {
-    NarrowSecond(moments.second + i, second_inverse, moments.second_thresholds + i, second_codes + i);
+    if constexpr (Rule::kHasFirst) {
+      NarrowFirst(staged.first + i, staged.first_signs + i / 2, roots, inverse, thresholds, codes + i);
+    }
   }
   if constexpr (Rule::kHasFirst) {
-    b.first_scale[begin / kStateBlock] = of_first.scale;
-    if (of_first.inverse == 0.0f) std::memset(first_codes, 0, kStateBlock);
-  }
-  if constexpr (Rule::kHasSecond) {
-    b.second_scale[begin / kStateBlock] = of_second.scale;
-    if (of_second.inverse == 0.0f) std::memset(second_codes, 0, kStateBlock);
+    b.first_scale[begin / kStateBlock] = scaling.scale;
+    if (scaling.inverse == 0.0f) std::memset(codes, 0, kStateBlock);
   }
 }
 
-// In kInt8: first all moments of the block, then their codes.
+// Parameters, and codes of the second moment.
 template <class Rule>
-OFFLOAD_INLINE void UpdateCodes(const Buffers& b, size_t begin, const Rule& rule) {
-  constexpr StateFormat kState = StateFormat::kInt8;
-  const Scales scales = LoadScales<Rule, kState>(b, begin);
-  Moments moments;
-  Largest largest{Lane::BroadcastInt(0), Lane::BroadcastInt(0)};
-  for (size_t k = 0; k < kStateBlock; k += 2 * Lane::kWidth) {
-    const Elements e = ReadAndStep<Rule, kState>(b, begin + k, scales, rule);
-    WriteParam<kState>(b, begin + k, e, false);
-    StoreRow<StateFormat::kFloat32>(moments.first, k, e.first);
-    StoreRow<StateFormat::kFloat32>(moments.second, k, e.second);
-    largest.first = Lane::MaxInt(largest.first, Lane::MaxInt(Magnitude(e.first.x), Magnitude(e.first.y)));
-    largest.second = Lane::MaxInt(largest.second, Lane::MaxInt(Lane::Bits(e.second.x), Lane::Bits(e.second.y)));
+OFFLOAD_INLINE void WriteSecond(const Buffers& b, size_t begin, const Staged& staged, const Scaling& scaling) {
+  const Vec inverse = Lane::Broadcast(scaling.inverse);
+  uint8_t* const codes = static_cast<uint8_t*>(b.second) + begin;
+  for (size_t i = 0; i < kStateBlock; i += kTwoPairs) {
+    const Roots roots = BeginRoots(staged.second + i, inverse);
+    for (size_t k = i; k < i + kTwoPairs; k += 2 * Lane::kWidth) {
+      WriteParam<StateFormat::kInt8>(b, begin + k, LoadRow<StateFormat::kFloat32>(staged.param, Format::kFloat32, k),
+                                     false);
+    }
+    if constexpr (Rule::kHasSecond) {
+      NarrowSecond(staged.second + i, roots, inverse, staged.second_thresholds + i, codes + i);
+    }
   }
-  WriteCodes<Rule>(b, begin, moments, largest);
+  if constexpr (Rule::kHasSecond) {
+    b.second_scale[begin / kStateBlock] = scaling.scale;
+    if (scaling.inverse == 0.0f) std::memset(codes, 0, kStateBlock);
+  }
 }
 
 // A pair of elements, but for kInt8.
 template <class Rule, StateFormat kState>
 OFFLOAD_INLINE void Write(const Buffers& b, size_t i, const Elements& e, bool streaming) {
-  const Int ties = WriteParam<kState>(b, i, e, streaming);
+  const Int ties = WriteParam<kState>(b, i, e.param, streaming);
   WriteMoments<Rule, kState>(b, i, e, ties);
 }
 
@@ -196,7 +214,15 @@ OFFLOAD_INLINE void Write(const Buffers& b, size_t i, const Elements& e, bool st
 // the processor no room to look further ahead for other work.
 template <class Rule, StateFormat kState>
 OFFLOAD_INLINE void UpdateBlock(const Buffers& b, size_t begin, const Rule& rule, bool streaming) {
-  if constexpr (kState == StateFormat::kInt8) return UpdateCodes<Rule>(b, begin, rule);
+  if constexpr (kState == StateFormat::kInt8) {
+    Staged staged;
+    const Largest largest = StepBlock(b, begin, rule, staged);
+    // Both now: their divisions take long as well.
+    const Scaling of_first = ChooseScaling<false>(largest.first), of_second = ChooseScaling<true>(largest.second);
+    WriteFirst<Rule>(b, begin, staged, of_first);
+    WriteSecond<Rule>(b, begin, staged, of_second);
+    return;
+  }
   constexpr size_t kPair = 2 * Lane::kWidth;
   const Scales scales = LoadScales<Rule, kState>(b, begin);
   Elements e = ReadAndStep<Rule, kState>(b, begin, scales, rule);

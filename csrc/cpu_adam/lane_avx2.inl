@@ -32,6 +32,9 @@ struct Lane {
   static OFFLOAD_INLINE Int CountEven(uint32_t first) {
     return AddInt(BroadcastInt(first), _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14));
   }
+  static OFFLOAD_INLINE Int LoadInt(const uint32_t* a) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a));
+  }
   static OFFLOAD_INLINE void StoreInt(uint32_t* a, Int x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(a), x); }
   static OFFLOAD_INLINE Int AddInt(Int a, Int b) { return _mm256_add_epi32(a, b); }
   static OFFLOAD_INLINE Int SubInt(Int a, Int b) { return _mm256_sub_epi32(a, b); }
@@ -82,14 +85,17 @@ struct Lane {
   static OFFLOAD_INLINE Int LoadWide(const void* a) { return _mm256_cvtepu16_epi32(Load16Bytes(a)); }
   static OFFLOAD_INLINE Int LoadBytes(const uint8_t* a) { return _mm256_cvtepu8_epi16(Load16Bytes(a)); }
   static OFFLOAD_INLINE Int LoadSignedBytes(const int8_t* a) { return _mm256_cvtepi8_epi16(Load16Bytes(a)); }
-  static OFFLOAD_INLINE void StoreBytes(uint8_t* a, const Int (&x)[4], const Int (&nonzero)[4]) {
-    const Int bytes = _mm256_packus_epi16(_mm256_packs_epi32(x[0], x[1]), _mm256_packs_epi32(x[2], x[3]));
-    StoreInterleaved(a, _mm256_max_epu8(bytes, _mm256_min_epu8(PackSigned(nonzero), _mm256_set1_epi8(1))));
-  }
   // Saturation keeps signs, and what is zero.
-  static OFFLOAD_INLINE void StoreSignedBytes(uint8_t* a, const Int (&x)[4], const Int (&up)[4], const Int (&sign)[4]) {
-    const Int is_up = _mm256_cmpgt_epi8(_mm256_setzero_si256(), PackSigned(up));
-    StoreInterleaved(a, _mm256_sign_epi8(_mm256_subs_epi8(PackSigned(x), is_up), PackSigned(sign)));
+  static OFFLOAD_INLINE Int PackHalves(Int x, Int y) { return _mm256_packs_epi32(x, y); }
+  static OFFLOAD_INLINE void StoreBytes(uint8_t* a, const Int (&x)[4], const Int (&nonzero)[4]) {
+    const Int bytes = _mm256_packus_epi16(PackHalves(x[0], x[1]), PackHalves(x[2], x[3]));
+    StoreInterleaved(a, _mm256_max_epu8(bytes, _mm256_min_epu8(PackBytes(nonzero), _mm256_set1_epi8(1))));
+  }
+  static OFFLOAD_INLINE void StoreSignedBytes(uint8_t* a, const Int (&x)[4], const Int (&up)[4], Int sign01,
+                                              Int sign23) {
+    const Int is_up = _mm256_cmpgt_epi8(_mm256_setzero_si256(), PackBytes(up));
+    const Int bytes = _mm256_subs_epi8(PackBytes(x), is_up);
+    StoreInterleaved(a, _mm256_sign_epi8(bytes, _mm256_packs_epi16(sign01, sign23)));
   }
   static OFFLOAD_INLINE Vec LoadFloat16(const uint16_t* a) { return _mm256_cvtph_ps(Load16Bytes(a)); }
   static OFFLOAD_INLINE Int ToFloat16(Vec x) {
@@ -119,8 +125,8 @@ struct Lane {
 
  private:
   static OFFLOAD_INLINE __m128i Load16Bytes(const void* a) { return _mm_loadu_si128(static_cast<const __m128i*>(a)); }
-  static OFFLOAD_INLINE Int PackSigned(const Int (&x)[4]) {
-    return _mm256_packs_epi16(_mm256_packs_epi32(x[0], x[1]), _mm256_packs_epi32(x[2], x[3]));
+  static OFFLOAD_INLINE Int PackBytes(const Int (&x)[4]) {
+    return _mm256_packs_epi16(PackHalves(x[0], x[1]), PackHalves(x[2], x[3]));
   }
   // Packing leaves four bytes of each vector after another in either half.
   static OFFLOAD_INLINE void StoreInterleaved(uint8_t* a, Int packed) {

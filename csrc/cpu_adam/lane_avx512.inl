@@ -32,6 +32,7 @@ struct Lane {
   static OFFLOAD_INLINE Int CountEven(uint32_t first) {
     return AddInt(BroadcastInt(first), _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30));
   }
+  static OFFLOAD_INLINE Int LoadInt(const uint32_t* a) { return _mm512_loadu_si512(a); }
   static OFFLOAD_INLINE void StoreInt(uint32_t* a, Int x) { _mm512_storeu_si512(a, x); }
   static OFFLOAD_INLINE Int AddInt(Int a, Int b) { return _mm512_add_epi32(a, b); }
   static OFFLOAD_INLINE Int SubInt(Int a, Int b) { return _mm512_sub_epi32(a, b); }
@@ -76,22 +77,19 @@ struct Lane {
   static OFFLOAD_INLINE Int LoadWide(const void* a) { return _mm512_cvtepu16_epi32(Load32Bytes(a)); }
   static OFFLOAD_INLINE Int LoadBytes(const uint8_t* a) { return _mm512_cvtepu8_epi16(Load32Bytes(a)); }
   static OFFLOAD_INLINE Int LoadSignedBytes(const int8_t* a) { return _mm512_cvtepi8_epi16(Load32Bytes(a)); }
+  // Saturation keeps signs, and what is zero.
+  static OFFLOAD_INLINE Int PackHalves(Int x, Int y) { return _mm512_packs_epi32(x, y); }
   static OFFLOAD_INLINE void StoreBytes(uint8_t* a, const Int (&x)[4], const Int (&nonzero)[4]) {
-    const Int one = BroadcastInt(1);
-    Int bytes[4];
-    for (int k = 0; k < 4; ++k) {
-      bytes[k] = _mm512_mask_max_epu32(x[k], _mm512_test_epi32_mask(nonzero[k], nonzero[k]), x[k], one);
-      bytes[k] = _mm512_min_epu32(bytes[k], BroadcastInt(255));
-    }
-    StoreInterleaved(a, bytes);
+    const Int bytes = _mm512_packus_epi16(PackHalves(x[0], x[1]), PackHalves(x[2], x[3]));
+    const __mmask64 is_nonzero = _mm512_test_epi8_mask(PackBytes(nonzero), PackBytes(nonzero));
+    StoreInterleaved(a, _mm512_mask_max_epu8(bytes, is_nonzero, bytes, _mm512_set1_epi8(1)));
   }
-  static OFFLOAD_INLINE void StoreSignedBytes(uint8_t* a, const Int (&x)[4], const Int (&up)[4], const Int (&sign)[4]) {
-    Int bytes[4];
-    for (int k = 0; k < 4; ++k) {
-      bytes[k] = _mm512_min_epu32(AddWhere(_mm512_movepi32_mask(up[k]), x[k]), BroadcastInt(127));
-      bytes[k] = _mm512_mask_sub_epi32(bytes[k], _mm512_movepi32_mask(sign[k]), _mm512_setzero_si512(), bytes[k]);
-    }
-    StoreInterleaved(a, bytes);
+  static OFFLOAD_INLINE void StoreSignedBytes(uint8_t* a, const Int (&x)[4], const Int (&up)[4], Int sign01,
+                                              Int sign23) {
+    const Int below = PackBytes(x);
+    const Int bytes = _mm512_mask_adds_epi8(below, _mm512_movepi8_mask(PackBytes(up)), below, _mm512_set1_epi8(1));
+    const __mmask64 is_negative = _mm512_movepi8_mask(_mm512_packs_epi16(sign01, sign23));
+    StoreInterleaved(a, _mm512_mask_sub_epi8(bytes, is_negative, _mm512_setzero_si512(), bytes));
   }
   static OFFLOAD_INLINE Vec LoadFloat16(const uint16_t* a) { return _mm512_cvtph_ps(Load32Bytes(a)); }
   static OFFLOAD_INLINE Int ToFloat16(Vec x) {
@@ -122,12 +120,14 @@ struct Lane {
   static OFFLOAD_INLINE void FinishStreaming() { _mm_sfence(); }
 
  private:
-  // The lowest byte of each lane of two pairs.
-  static OFFLOAD_INLINE void StoreInterleaved(uint8_t* a, const Int (&x)[4]) {
-    for (int k = 0; k < 4; k += 2) {
-      const Int halves = _mm512_mask_mov_epi8(ShiftLeft<8>(x[k + 1]), 0x1111111111111111, x[k]);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(a + k * kWidth), _mm512_cvtepi32_epi16(halves));
-    }
+  static OFFLOAD_INLINE Int PackBytes(const Int (&x)[4]) {
+    return _mm512_packs_epi16(PackHalves(x[0], x[1]), PackHalves(x[2], x[3]));
+  }
+  // Packing leaves four bytes of each vector after another in each quarter.
+  static OFFLOAD_INLINE void StoreInterleaved(uint8_t* a, Int packed) {
+    const __m128i order = _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
+    const Int pairs = _mm512_shuffle_epi8(packed, _mm512_broadcast_i32x4(order));
+    _mm512_storeu_si512(a, _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), pairs));
   }
   static OFFLOAD_INLINE __m256i Load32Bytes(const void* a) {
     return _mm256_loadu_si256(static_cast<const __m256i*>(a));

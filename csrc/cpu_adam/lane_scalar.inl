@@ -27,6 +27,8 @@ struct Lane {
   static OFFLOAD_INLINE Int Bits(Vec x) { return FloatToBits(x); }
   static OFFLOAD_INLINE Vec FromBits(Int x) { return BitsToFloat(x); }
   static OFFLOAD_INLINE Int BroadcastInt(uint32_t x) { return x; }
+  static OFFLOAD_INLINE Int LoadInt(const uint32_t* a) { return *a; }
+  static OFFLOAD_INLINE void StoreInt(uint32_t* a, Int x) { *a = x; }
   static OFFLOAD_INLINE Int CountEven(uint32_t first) { return first; }  // first, first + 2, ...
   static OFFLOAD_INLINE Int AddInt(Int a, Int b) { return a + b; }
   static OFFLOAD_INLINE Int SubInt(Int a, Int b) { return a - b; }
@@ -80,7 +82,7 @@ struct Lane {
   static OFFLOAD_INLINE Int AddWhere(Mask mask, Int x) { return x + (mask ? 1 : 0); }
 
   // ---- conversions
-  static OFFLOAD_INLINE Int Truncate(Vec x) { return static_cast<Int>(static_cast<int32_t>(x)); }
+  static OFFLOAD_INLINE Int Truncate(Vec x) { return x == x ? static_cast<Int>(static_cast<int32_t>(x)) : 0x80000000u; }
   static OFFLOAD_INLINE Vec ToFloat(Int x) { return static_cast<float>(static_cast<int32_t>(x)); }
   static OFFLOAD_INLINE Int LoadWide(const void* a) {  // 16 bits a lane
     uint16_t wide;
@@ -97,12 +99,16 @@ struct Lane {
   static OFFLOAD_INLINE void StoreBytes(uint8_t* a, const Int (&x)[4], const Int (&nonzero)[4]) {
     for (int k = 0; k < 4; ++k) a[k] = static_cast<uint8_t>(x[k] > 255 ? 255 : x[k] == 0 && nonzero[k] != 0 ? 1 : x[k]);
   }
-  // Of 0 to 127, one more where `up` has its sign bit set: at most 127, negated where `sign` is negative; zero where
-  // `sign` is zero.
-  static OFFLOAD_INLINE void StoreSignedBytes(uint8_t* a, const Int (&x)[4], const Int (&up)[4], const Int (&sign)[4]) {
+  // What StoreSignedBytes takes the signs of x and y from.
+  static OFFLOAD_INLINE Int PackHalves(Int x, Int y) { return Blend(x >> 16, y); }
+  // Of 0 to 127, one more where `up` has its sign bit set, at most 127, with the sign of the value in PackHalves; zero
+  // where that is zero.
+  static OFFLOAD_INLINE void StoreSignedBytes(uint8_t* a, const Int (&x)[4], const Int (&up)[4], Int sign01,
+                                              Int sign23) {
+    const Int is_negative[] = {sign01 >> 15 & 1, sign01 >> 31, sign23 >> 15 & 1, sign23 >> 31};
     for (int k = 0; k < 4; ++k) {
       const Int magnitude = std::min(x[k] + (up[k] >> 31), 127u);
-      a[k] = static_cast<uint8_t>(sign[k] >> 31 != 0 ? -magnitude : magnitude);
+      a[k] = static_cast<uint8_t>(is_negative[k] ? -magnitude : magnitude);
     }
   }
   static OFFLOAD_INLINE Vec LoadFloat16(const uint16_t* a) { return Float16ToFloat(*a); }

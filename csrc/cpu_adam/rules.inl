@@ -31,9 +31,9 @@ class AdamRule {
 
   OFFLOAD_INLINE void Step(Vec& param, Vec& exp_avg, Vec& exp_avg_sq, Vec& max_exp_avg_sq, Vec grad) const {
     grad = Lane::Mul(grad, grad_multiplier);
-    if (has_l2) grad = Lane::Fma(param, l2_decay, grad);
+    if (OFFLOAD_UNLIKELY(has_l2)) grad = Lane::Fma(param, l2_decay, grad);
     param = Lane::Mul(param, param_decay);
-    exp_avg = Lane::Fma(lerp_weight, Lane::Sub(grad, exp_avg), lerp_from_grad ? grad : exp_avg);
+    exp_avg = Lane::Fma(lerp_weight, Lane::Sub(grad, exp_avg), OFFLOAD_UNLIKELY(lerp_from_grad) ? grad : exp_avg);
     exp_avg_sq = Lane::Fma(Lane::Mul(one_minus_beta2, grad), grad, Lane::Mul(exp_avg_sq, beta2));
     Vec second_moment = exp_avg_sq;
     if constexpr (kAmsgrad) second_moment = max_exp_avg_sq = Lane::Max(max_exp_avg_sq, exp_avg_sq);
@@ -90,7 +90,7 @@ class Adagrad {
 
   OFFLOAD_INLINE void Step(Vec& param, Vec&, Vec& sum, Vec&, Vec grad) const {
     grad = Lane::Mul(grad, grad_multiplier);
-    if (has_l2) grad = Lane::Fma(param, l2_decay, grad);
+    if (OFFLOAD_UNLIKELY(has_l2)) grad = Lane::Fma(param, l2_decay, grad);
     sum = Lane::Fma(grad, grad, sum);
     param = Lane::Add(param, Lane::Div(Lane::Mul(neg_step_size, grad), Lane::Add(Lane::Sqrt(sum), eps)));
   }
@@ -120,7 +120,7 @@ class SgdRule {
 
   OFFLOAD_INLINE void Step(Vec& param, Vec& buffer, Vec&, Vec&, Vec grad) const {
     grad = Lane::Mul(grad, grad_multiplier);
-    if (has_l2) grad = Lane::Fma(param, l2_decay, grad);
+    if (OFFLOAD_UNLIKELY(has_l2)) grad = Lane::Fma(param, l2_decay, grad);
     if constexpr (kMomentum) {
       buffer = is_first ? grad : Lane::Fma(one_minus_dampening, grad, Lane::Mul(buffer, momentum));
       grad = nesterov ? Lane::Fma(buffer, momentum, grad) : buffer;
