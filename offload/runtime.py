@@ -82,8 +82,7 @@ class Runtime:
         self._broken: BaseException | None = None
         self._process = os.getpid()
         self.copies = CopiesBesideSteps(self.actions, options.budgets, self.accelerator)
-        with_gradients = options.overlap == "backward"
-        self._early = EarlyTransfers(self.lanes, self.pool, self.actions, with_gradients=with_gradients)
+        self._early = EarlyTransfers(self.lanes, self.pool, self.actions, with_gradients=options.brings_gradients_early)
         self._passing = PassingSlots(options, self.memory, self.lanes.compute)
         if options.memory_monitor is not None:
             options.memory_monitor.tell(self._phase_begins)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -28,18 +29,17 @@ def test_early_operations_are_the_first_in_their_buffers() -> None:
 Between = Callable[["Training"], object]
 
 
-class Training:
-    """Four layers in four subgroups on the device; ``down`` and ``up`` count early copies of one step."""
+IN_ORDER: dict[str, Any] = {"overlap": "none"}
+UNDER_FORWARD: dict[str, Any] = {"overlap": "next_forward", "early_gradients": True}
+EARLY: dict[str, dict[str, Any]] = {"backward": {"overlap": "backward"}, "early gradients": UNDER_FORWARD}
 
-    def __init__(self, overlap: str) -> None:
+
+class Training:
+    """Four layers in four subgroups on the device; ``passes`` has the early copies of each backward pass."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
         self.model = mlp(device="sim")
-        self.optimizer = offload.AdamW(
-            self.model.parameters(),
-            lr=1e-2,
-            plan=PLAN,
-            subgroup_numel=600,
-            overlap=overlap,  # type: ignore[arg-type]
-        )
+        self.optimizer = offload.AdamW(self.model.parameters(), lr=1e-2, plan=PLAN, subgroup_numel=600, **options)
         self.passes: list[list[str]] = []
         early = self.optimizer.runtime._early
         enqueue = early._enqueue
@@ -62,33 +62,37 @@ class Training:
         return snapshot(self.model), state_snapshot(self.optimizer)
 
 
-def trained(overlap: str, between: Between = lambda training: None, num_passes: tuple[int, ...] = (1,) * 5) -> Training:
-    training = Training(overlap)
+def trained(
+    options: dict[str, Any], between: Between = lambda training: None, num_passes: tuple[int, ...] = (1,) * 5
+) -> Training:
+    training = Training(options)
     for step, num in enumerate(num_passes):
         training.step(step, num, between)
     return training
 
 
-def test_gradients_go_down_in_the_last_pass(sim: ModuleType) -> None:
+@pytest.mark.parametrize("options", EARLY.values(), ids=EARLY)
+def test_gradients_go_down_in_the_last_pass(options: dict[str, Any], sim: ModuleType) -> None:
     sim.configure("lazy")
-    training = trained("backward", num_passes=(2, 2, 2))
+    training = trained(options, num_passes=(2, 2, 2))
     assert training.passes[:2] == [["P1@0"], []]
     assert training.passes[2:] == [["P1@0"], ["D3@0", "D2@1"]] * 2
     assert sim.races() == []
-    assert_same_bits(training.result(), trained("none", num_passes=(2, 2, 2)).result())
+    assert_same_bits(training.result(), trained(IN_ORDER, num_passes=(2, 2, 2)).result())
 
 
 def test_only_states_come_early_unless_gradients_are_asked_for(sim: ModuleType) -> None:
-    assert trained("next_forward").passes[1:] == [["P1@0"]] * 4
-    assert trained("none").passes == [[]] * 5
+    assert trained({"overlap": "next_forward"}).passes[1:] == [["P1@0"]] * 4
+    assert trained(IN_ORDER).passes == [[]] * 5
 
 
+@pytest.mark.parametrize("options", EARLY.values(), ids=EARLY)
 @pytest.mark.parametrize("num_passes", [(1, 1, 2, 2, 1), (2, 2, 1, 1, 3)])
-def test_the_number_of_passes_may_change(num_passes: tuple[int, ...], sim: ModuleType) -> None:
-    expected = trained("none", num_passes=num_passes).result()
+def test_the_number_of_passes_may_change(num_passes: tuple[int, ...], options: dict[str, Any], sim: ModuleType) -> None:
+    expected = trained(IN_ORDER, num_passes=num_passes).result()
     for executor in ("lazy", "eager", "random"):
         sim.configure(executor)
-        assert_same_bits(trained("backward", num_passes=num_passes).result(), expected)
+        assert_same_bits(trained(options, num_passes=num_passes).result(), expected)
         assert sim.races() == []
 
 
@@ -134,18 +138,21 @@ VOID: dict[str, Between] = {
 }
 
 
-@pytest.mark.parametrize("overlap", ["backward", "next_forward"])
+WAYS = {**EARLY, "states only": {"overlap": "next_forward"}}
+
+
+@pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("between", VOID.values(), ids=VOID)
-def test_what_changes_after_backward_counts(between: Between, overlap: str, sim: ModuleType) -> None:
+def test_what_changes_after_backward_counts(between: Between, options: dict[str, Any], sim: ModuleType) -> None:
     def after_the_first(training: Training) -> None:
         if training.optimizer.state:
             training.passes.append([])
             between(training)
 
-    expected = trained("none", after_the_first).result()
+    expected = trained(IN_ORDER, after_the_first).result()
     for executor in ("lazy", "eager"):
         sim.configure(executor)
-        assert_same_bits(trained(overlap, after_the_first).result(), expected)
+        assert_same_bits(trained(options, after_the_first).result(), expected)
         assert sim.races() == []
 
 
