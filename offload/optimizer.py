@@ -267,4 +267,6 @@ class OffloadedOptimizer(OffloadedState):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; also forgets a clip coefficient that no step has used."""
         self._grad_scale.forget()
+        if self._runtime is not None:
+            self._runtime.before_dropping_gradients()
         super().zero_grad(set_to_none)

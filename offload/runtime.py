@@ -348,6 +348,10 @@ class Runtime:
         elif phase is Phase.FORWARD and not self._conductor.in_flight:
             self._early.leave(self._passing.give_back())
 
+    def before_dropping_gradients(self) -> None:
+        """Let what comes next in the memory of gradients come after early copies of them."""
+        self._early.gradients_may_change()
+
     def before_gradient(self, index: int) -> None:
         """Let what the current stream writes to the gradient of subgroup ``index`` come after an early copy of it."""
         self._early.await_copy(self.subgroups[index])

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import offload
+from offload import Static, Stride
 from offload.executor import early_operations
 from offload.plan import Plan
 from tests.training import assert_same_bits, loss_of, mlp, snapshot, state_snapshot
@@ -37,9 +38,10 @@ EARLY: dict[str, dict[str, Any]] = {"backward": {"overlap": "backward"}, "early 
 class Training:
     """Four layers in four subgroups on the device; ``passes`` has the early copies of each backward pass."""
 
-    def __init__(self, options: dict[str, Any]) -> None:
-        self.model = mlp(device="sim")
-        self.optimizer = offload.AdamW(self.model.parameters(), lr=1e-2, plan=PLAN, subgroup_numel=600, **options)
+    def __init__(self, options: dict[str, Any], dtype: torch.dtype = torch.float32) -> None:
+        self.model = mlp(device="sim", dtype=dtype)
+        arguments = {"lr": 1e-2, "plan": PLAN, "subgroup_numel": 600, **options}
+        self.optimizer = offload.AdamW(self.model.parameters(), **arguments)
         self.passes: list[list[str]] = []
         early = self.optimizer.runtime._early
         enqueue = early._enqueue
@@ -63,9 +65,12 @@ class Training:
 
 
 def trained(
-    options: dict[str, Any], between: Between = lambda training: None, num_passes: tuple[int, ...] = (1,) * 5
+    options: dict[str, Any],
+    between: Between = lambda training: None,
+    num_passes: tuple[int, ...] = (1,) * 5,
+    dtype: torch.dtype = torch.float32,
 ) -> Training:
-    training = Training(options)
+    training = Training(options, dtype)
     for step, num in enumerate(num_passes):
         training.step(step, num, between)
     return training
@@ -154,6 +159,130 @@ def test_what_changes_after_backward_counts(between: Between, options: dict[str,
         sim.configure(executor)
         assert_same_bits(trained(options, after_the_first).result(), expected)
         assert sim.races() == []
+
+
+@pytest.mark.parametrize("options", EARLY.values(), ids=EARLY)
+def test_parameters_that_came_down_early_may_change(options: dict[str, Any], sim: ModuleType) -> None:
+    """In split16 the parameter is half the master, and goes down with the gradient."""
+
+    def edit(training: Training) -> None:
+        if training.optimizer.state:
+            edit_parameters(training)
+
+    split16 = {"state_format": "split16"}
+    expected = trained({**IN_ORDER, **split16}, edit, dtype=torch.bfloat16).result()
+    for executor in ("lazy", "eager"):
+        sim.configure(executor)
+        assert_same_bits(trained({**options, **split16}, edit, dtype=torch.bfloat16).result(), expected)
+        assert sim.races() == []
+
+
+def fail(_: torch.Tensor) -> None:
+    raise RuntimeError("in the middle of backward")
+
+
+ZERO: dict[str, Between] = {
+    "by the optimizer": lambda training: training.optimizer.zero_grad(),
+    "by the model": lambda training: training.model.zero_grad(),
+}
+
+
+@pytest.mark.parametrize("options", EARLY.values(), ids=EARLY)
+@pytest.mark.parametrize("zero", ZERO.values(), ids=ZERO)
+def test_backward_fails_after_gradients_went_down(zero: Between, options: dict[str, Any], sim: ModuleType) -> None:
+    """Autograd tells nobody: what is next in their memory waits for the copies, and so do later passes."""
+
+    def try_twice_and_scale(training: Training) -> None:
+        if len(training.passes) == 3:
+            zero(training)
+            hook = training.model[2].weight.register_hook(fail)
+            training.passes.append([])
+            with pytest.raises(RuntimeError, match="in the middle of backward"):
+                loss_of(training.model, 90).backward()
+            hook.remove()
+            zero(training)
+            loss_of(training.model, 91).backward()
+        scale_in_place(training)
+
+    expected = trained(IN_ORDER, try_twice_and_scale, num_passes=(1,) * 6).result()
+    for executor in ("lazy", "eager"):
+        sim.configure(executor)
+        training = trained(options, try_twice_and_scale, num_passes=(1,) * 6)
+        assert_same_bits(training.result(), expected)
+        assert training.passes.count(["P1@0", "D3@0", "D2@1"]) >= 2
+        assert sim.races() == []
+
+
+# ---- early gradients under the next forward
+
+
+@pytest.mark.parametrize("plan", ["auto", "host", Static(0.5), Stride(2)], ids=str)
+def test_each_gradient_that_goes_down_has_a_staging_buffer(plan: Any, sim: ModuleType) -> None:
+    """And goes down in backward; the bill has the buffers."""
+    training = Training({**UNDER_FORWARD, "plan": plan})
+    without = Training({"overlap": "next_forward", "plan": plan})
+    optimizer, runtime = training.optimizer, training.optimizer.runtime
+    num_host = 4 if plan == "auto" else sum(op.kind.value == "D" for op in optimizer.plan.ops)
+    assert runtime.homes.num_staging == len(runtime.pool.stagings) == num_host
+    of_one = without.optimizer.bill.staging_bytes // without.optimizer.runtime.homes.num_staging
+    assert optimizer.bill.staging_bytes == num_host * of_one
+    for step in range(3):
+        training.step(step, 1, lambda training: None)
+        without.step(step, 1, lambda training: None)
+    if plan != "auto":  # whose steps are measured at first
+        down = {str(op) for op in optimizer.plan.ops if op.kind.value == "D"}
+        assert all(down <= {*ops} for ops in training.passes[1:])
+    assert_same_bits(training.result(), without.result())
+    assert sim.races() == []
+
+
+def test_budgets_decide_how_many_gradients_come_early(sim: ModuleType) -> None:
+    """Those that are needed first."""
+    bill = Training({"overlap": "next_forward", "plan": "host"}).optimizer.bill
+    room = bill.host_bytes + bill.staging_bytes // 2  # two staging buffers, and one more
+    training = trained({**UNDER_FORWARD, "plan": "host", "host_budget": room})
+    assert training.optimizer.runtime.homes.num_staging == 3
+    assert training.optimizer.bill.host_bytes == room
+    assert training.passes[1:] == [["D2@2", "D1@1", "D0@0"]] * 4
+    assert Training({**UNDER_FORWARD, "plan": "host", "host_budget": room - 1}).optimizer.bill == bill
+
+
+def test_parameters_that_join_have_staging_buffers_too(sim: ModuleType) -> None:
+    training = Training({**UNDER_FORWARD, "plan": "host"})
+    training.step(0, 1, lambda training: None)
+    training.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(64, device="sim"))]})
+    assert training.optimizer.runtime.homes.num_staging == 5
+    training.step(1, 1, lambda training: None)
+    assert sim.races() == []
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"overlap": "none"}, ValueError, "early_gradients=True has no use with overlap='none'.* give another overlap"),
+        ({"plan": "device"}, ValueError, "early_gradients=True has no use with plan='device'.* leave one of them out"),
+        ({"early_gradients": 1}, TypeError, "early_gradients must be True or False, not 1"),
+    ],
+)
+def test_what_early_gradients_do_not_go_with(
+    options: dict[str, Any], error: type[Exception], message: str, sim: ModuleType
+) -> None:
+    with pytest.raises(error, match=message):
+        Training({"early_gradients": True, **options})
+
+
+def test_several_ranks_have_no_early_gradients(sim: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offload.arguments.num_distributed_ranks", lambda: 2)
+    with pytest.raises(ValueError, match=r"early_gradients=True in a program of 2 ranks: .* without early_gradients"):
+        Training(UNDER_FORWARD)
+
+
+def test_nothing_comes_early_on_the_cpu() -> None:
+    """Where overlap="auto" hides nothing: no staging buffers are taken either."""
+    model = mlp()
+    early, plain = (offload.AdamW(model.parameters(), early_gradients=asked) for asked in (True, False))
+    assert early.runtime.overlap == "none"
+    assert early.bill == plain.bill
 
 
 def test_hooks_go_with_the_optimizer(sim: ModuleType) -> None:
