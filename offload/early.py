@@ -94,12 +94,11 @@ class EarlyTransfers:
     def _await_copy_at_end(self, subgroup: Subgroup, grads: list[Tensor]) -> None:
         """What is done to gradients once this backward pass is over comes after their copies.
 
-        Where the pass fails, autograd says nothing: their memory is kept until :meth:`gradients_may_change`.
+        Where the pass fails, autograd tells nobody: their memory is kept until another one or ``zero_grad()``.
         """
         assert subgroup.grad_on_host is not None
         # Private to autograd, but what FSDP, DDP and activation checkpointing are built on.
         if (backward_id := torch._C._current_graph_task_id()) != self._backward_id:
-            self.gradients_may_change()
             self._backward_id = backward_id
             torch.autograd.Variable._execution_engine.queue_callback(self.gradients_may_change)
         self._copied.append((subgroup.grad_on_host, grads))
@@ -128,7 +127,7 @@ class EarlyTransfers:
         return grads
 
     def gradients_may_change(self) -> None:
-        """Let what the compute lane does next to gradients, or in their memory, come after the copies of this pass."""
+        """Let what the compute lane does next to gradients, or in their memory, come after the copies of them."""
         for event, _ in self._copied:
             self._lanes.compute.wait(event)
         self._copied.clear()
@@ -142,7 +141,6 @@ class EarlyTransfers:
 
     def take(self, plan: Plan) -> Collection[Op]:
         """The operations of ``plan`` that its update goes without. The next step starts anew."""
-        self.gradients_may_change()
         for grad in self._watched:
             unwatch(grad)
         self._watched = []
