@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
+from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 
@@ -27,8 +28,12 @@ class OffloadedStage3(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[misc]  # D
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         seams.check_attributes(self, seams.STAGE3_ATTRIBUTES)
-        flats = self.fp16_partitioned_groups_flat
-        for flat, grad in zip(flats, self.grad_partitions_flat_buffer.split([f.numel() for f in flats]), strict=True):
+        self._flats = list(self.fp16_partitioned_groups_flat)
+        self._attach_gradients()
+
+    def _attach_gradients(self) -> None:
+        numels = [flat.numel() for flat in self._flats]
+        for flat, grad in zip(self._flats, self.grad_partitions_flat_buffer.split(numels), strict=True):
             flat.grad = grad.data  # with a version counter of its own: that of a view counts writes to all sub-groups
 
     # ---- construction: DeepSpeed's constructor calls these two
@@ -141,3 +146,22 @@ class OffloadedStage3(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[misc]  # D
         self.offloaded.synchronize()
         super().load_state_dict(*args, **kwargs)
         self.offloaded.adopt()
+
+    def offload_states(self, include: Any = None, *args: Any, **kwargs: Any) -> None:
+        """DeepSpeed's, of parameters and gradients: masters and moments are where the plan has them."""
+        self.offloaded.synchronize()
+        include = seams.states_to_move(include)
+        if OffloadStateTypeEnum.lp_params in include:
+            self.offloaded.release_params()
+        if OffloadStateTypeEnum.lp_grads in include:
+            for flat in self._flats:
+                flat.grad = None
+        super().offload_states(include, *args, **kwargs)
+
+    def reload_states(self, *args: Any, **kwargs: Any) -> None:
+        """DeepSpeed's, which makes other flat tensors of the parameters: our own go on, over the memory of those."""
+        self.offloaded.synchronize()
+        super().reload_states(*args, **kwargs)
+        self.offloaded.move_params(self.fp16_partitioned_groups_flat)
+        self.fp16_partitioned_groups_flat[:] = self._flats
+        self._attach_gradients()
