@@ -87,11 +87,23 @@ class OffloadedStage3(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[misc]  # D
     # ---- the step, sub-group by sub-group
 
     def _prepare_sub_group(self, sub_group_id: int, timer_names: set[str]) -> None:
+        self._take_gradients_from_elsewhere(sub_group_id)
         flat = self.fp16_partitioned_groups_flat[sub_group_id]
         partitions = [param.ds_tensor for param in self.fp16_groups[sub_group_id]]
         readers = [flat, *partitions, *self.averaged_gradients[sub_group_id]]
         self._aliases[sub_group_id] = [Alias(tensor, 0, flat.numel()) for tensor in readers]
         self.averaged_gradients[sub_group_id] = None  # it stays in the flat buffer
+
+    def _take_gradients_from_elsewhere(self, sub_group_id: int) -> None:
+        """Where a parameter was frozen on the way, DeepSpeed has zeros, and its last gradient is in the flat buffer."""
+        flat_grad = self.fp16_partitioned_groups_flat[sub_group_id].grad
+        for param, grad in zip(self.fp16_groups[sub_group_id], self.averaged_gradients[sub_group_id], strict=True):
+            _, begin, numel = self.grad_position[self.get_param_id(param)]
+            place = flat_grad.narrow(0, begin, numel)
+            if place.data_ptr() != grad.data_ptr():
+                self.offloaded.synchronize()
+                self._before_gradient(sub_group_id)
+                place.copy_(grad)
 
     def unscale_and_clip_grads(self, sub_group_id: int, total_norm: Tensor) -> None:
         self.offloaded.set_grad_scale(total_norm, self.loss_scale, self.clip_grad)
