@@ -158,7 +158,8 @@ class FlatPartition:
     def move_params(self, flats: Sequence[Tensor]) -> None:
         """From now on update ``flats``, alike in shape, dtype and device, in the place of those before."""
         for slices, whole in zip(self._slices, flats, strict=True):
-            for (_, piece), part in zip(slices, whole.split([piece.numel for _, piece in slices]), strict=True):
+            parts = torch.split(whole, [piece.numel for _, piece in slices])
+            for (_, piece), part in zip(slices, parts, strict=True):
                 piece.param.data = part
 
     @property
