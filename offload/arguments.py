@@ -58,12 +58,13 @@ def check_update_in_backward(on_nonfinite: str, *, pending: bool) -> None:
         )
 
 
-def check_ranks(overlap: Overlap) -> None:
+def check_ranks(options: Options) -> None:
     """Raise ValueError if gradients would go down before they were reduced over ranks."""
-    if overlap == "backward" and (num_ranks := num_distributed_ranks()) > 1:
+    if options.brings_gradients_early and (num_ranks := num_distributed_ranks()) > 1:
+        asked = "overlap='backward'" if options.overlap == "backward" else "early_gradients=True"
         raise ValueError(
-            f"overlap='backward' in a program of {num_ranks} ranks: gradients would be copied before they are reduced "
-            f"over ranks, which autograd does not see; use 'next_forward'"
+            f"{asked} in a program of {num_ranks} ranks: gradients would be copied before they are reduced over ranks, "
+            f"which autograd does not see; use overlap='next_forward' without early_gradients"
         )
 
 
@@ -83,6 +84,7 @@ def parse_options(
     num_slots: int | None,
     profile: object = None,
     overlap: object = "none",
+    early_gradients: object = False,
     num_passing_slots: int = 0,
     memory_monitor: object = None,
 ) -> Options:
@@ -110,6 +112,7 @@ def parse_options(
     if profile is not None and policy != "auto":
         raise ValueError(f"profile tells plan='auto' where to start, and plan is {plan!r}; leave one of them out")
     how = parse_overlap(overlap)
+    check_early_gradients(early_gradients, how, policy)
     check_passing_slots(num_passing_slots, memory_monitor, how)
     if num_passing_slots:
         num_slots = _num_lasting_slots(policy, num_slots, num_passing_slots)
@@ -120,9 +123,25 @@ def parse_options(
         num_slots,
         _rates_of(profile),
         how,
+        early_gradients=bool(early_gradients),
         num_passing_slots=num_passing_slots,
         memory_monitor=cast(MemoryMonitor | None, memory_monitor),
     )
+
+
+def check_early_gradients(early_gradients: object, overlap: Overlap, policy: Policy) -> None:
+    """Raise TypeError or ValueError unless gradients may be asked to come down in backward."""
+    if not isinstance(early_gradients, bool):
+        raise TypeError(f"early_gradients must be True or False, not {early_gradients!r}")
+    if early_gradients and overlap == "none":
+        raise ValueError(
+            "early_gradients=True has no use with overlap='none', where nothing runs beside backward; give another "
+            "overlap, or leave it out"
+        )
+    if early_gradients and policy == "device":
+        raise ValueError(
+            "early_gradients=True has no use with plan='device', where no gradient goes down; leave one of them out"
+        )
 
 
 def check_passing_slots(num_passing_slots: int, memory_monitor: object, overlap: Overlap) -> None:

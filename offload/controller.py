@@ -114,12 +114,20 @@ class Controller:
         subgroups, homes: what there is to place; homes never change.
         start: rates believed until measured, for example a profile's; None to measure both sides first.
         first_step: number of the first step, which warms up and is not measured.
+        early_gradients: gradients come down in backward, however the update hides.
     """
 
     def __init__(
-        self, subgroups: Sequence[Subgroup], homes: Homes, start: Rates | None = None, *, first_step: int = 0
+        self,
+        subgroups: Sequence[Subgroup],
+        homes: Homes,
+        start: Rates | None = None,
+        *,
+        first_step: int = 0,
+        early_gradients: bool = False,
     ) -> None:
         self.start = start
+        self._early_gradients = early_gradients
         self.decisions: list[Decision] = []
         self._subgroups = [subgroup.sizes_only() for subgroup in subgroups]
         self._homes = homes
@@ -291,18 +299,20 @@ class Controller:
     def _predict_steps(self, plan: Plan) -> dict[Overlap, float]:
         """Predicted seconds of a step with the update of ``plan`` after backward, and under the next forward.
 
-        Gradients in backward are no candidate: autograd does not tell of every change that comes after. The passes are
-        taken as equal layers, with twice the arithmetic in backward.
+        Gradients in backward are no candidate, as autograd does not tell of every change that comes after: they come
+        early either way or neither. The passes are taken as equal layers, with twice the arithmetic in backward.
         """
         passes_s = self._beliefs.passes_s
         if passes_s is None:
             return {}
         forward_s = passes_s * FORWARD_OPERATIONS / (FORWARD_OPERATIONS + BACKWARD_OPERATIONS) / NUM_LAYERS
         layers = [Layer(forward_s, passes_s / NUM_LAYERS - forward_s)] * NUM_LAYERS
-        rates = self._rates_at(plan.num_visits)
+        rates, early = self._rates_at(plan.num_visits), self._early_gradients
+        in_order = Hiding("backward" if early else "none")
+        under_forward = Hiding("next_forward", early_gradients=early)
         return {
-            overlap: predict_step(plan, self._subgroups, rates, layers, Hiding(overlap)).step_s
-            for overlap in AUTO_OVERLAPS
+            overlap: predict_step(plan, self._subgroups, rates, layers, hiding).step_s
+            for overlap, hiding in zip(AUTO_OVERLAPS, (in_order, under_forward), strict=True)
         }
 
     # ---- the log
@@ -316,6 +326,7 @@ class Controller:
             "visitors": self._visitors,
             "num_slots": homes.num_slots,
             "num_staging": homes.num_staging,
+            "early_gradients": self._early_gradients,
             "start": None if self.start is None else asdict(self.start),
             "first_plan": str(self.first_plan),
         }
@@ -336,6 +347,7 @@ def replay(path: str | PathLike[str]) -> Controller:
             frozenset(header["residents"]), frozenset(header["visitors"]), header["num_slots"], header["num_staging"]
         )
         start = None if header["start"] is None else Rates(**header["start"])
+        early_gradients = header.get("early_gradients", False)
         measurements = [
             Measurement(
                 m["step"], {lane: (a, s) for lane, (a, s) in m["work"].items()}, m["update_s"], m.get("passes_s")
@@ -345,7 +357,7 @@ def replay(path: str | PathLike[str]) -> Controller:
         expected, ran = [record["plan"] for record in records], [Plan.parse(record["ran"]) for record in records]
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no log of decisions: {error!r}") from error
-    controller = Controller(subgroups, homes, start)
+    controller = Controller(subgroups, homes, start, early_gradients=early_gradients)
     for measurement, plan, then in zip(measurements, ran, expected, strict=True):
         decision = controller.observe(measurement, plan)
         if decision is None or str(decision.plan) != then:

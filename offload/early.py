@@ -12,7 +12,6 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -48,7 +47,8 @@ class EarlyTransfers:
         self._num_expected: Counter[int] = Counter()  # of one step
         self._begun: dict[Op, tuple[Fingerprint, ...]] = {}  # and the gradients that went down, none for a prefetch
         self._watched: list[Tensor] = []
-        self._copied: list[Event] = []  # gradients of this backward pass
+        self._copied: list[tuple[Event, list[Tensor]]] = []  # gradients that nothing is ordered after yet
+        self._backward_id: int | None = None  # autograd's number of the pass that made them
 
     def arrived(self, subgroup: Subgroup, plan: Plan, subgroups: Sequence[Subgroup], *, in_autograd: bool) -> None:
         """A gradient of ``subgroup`` was accumulated. Enqueues what can be of ``plan``, the next step's.
@@ -67,8 +67,7 @@ class EarlyTransfers:
             if grads and op.kind is OpKind.GRAD_DOWN and op.subgroup == subgroup.index:
                 self._enqueue(op, subgroups, grads)
                 if in_autograd:
-                    self._watch(subgroup.index)
-                    self._await_copy_at_end(subgroup)
+                    self._await_copy_at_end(subgroup, self._watch(subgroup.index))
 
     def prefetch(self, plan: Plan, subgroups: Sequence[Subgroup]) -> None:
         """Let states come up into the slots that have memory, as far as ``plan`` allows it and that is not done."""
@@ -92,13 +91,17 @@ class EarlyTransfers:
         assert filled is not None
         self._lanes.host.wait(filled)
 
-    def _await_copy_at_end(self, subgroup: Subgroup) -> None:
+    def _await_copy_at_end(self, subgroup: Subgroup, grads: list[Tensor]) -> None:
+        """What is done to gradients once this backward pass is over comes after their copies.
+
+        Where the pass fails, autograd tells nobody: their memory is kept until another one or ``zero_grad()``.
+        """
         assert subgroup.grad_on_host is not None
-        if not self._copied:
-            # Runs when all of this backward() is done. Private to autograd, but what FSDP and DDP are built on.
-            at_end = partial(self._gradients_may_change, self._copied)
-            torch.autograd.Variable._execution_engine.queue_callback(at_end)
-        self._copied.append(subgroup.grad_on_host)
+        # Private to autograd, but what FSDP, DDP and activation checkpointing are built on.
+        if (backward_id := torch._C._current_graph_task_id()) != self._backward_id:
+            self._backward_id = backward_id
+            torch.autograd.Variable._execution_engine.queue_callback(self.gradients_may_change)
+        self._copied.append((subgroup.grad_on_host, grads))
 
     def await_copy(self, subgroup: Subgroup) -> None:
         """Let what the compute lane does next to the gradient of ``subgroup`` come after its copy, if it has begun."""
@@ -116,17 +119,18 @@ class EarlyTransfers:
             return  # nothing is lost: the step tries again, and goes on with fewer slots if it must
         self._begun[op] = fingerprints
 
-    def _watch(self, index: int) -> None:
+    def _watch(self, index: int) -> list[Tensor]:
         grads = [grad for item in self._actions[index].slices if (grad := item.param.grad) is not None]
         for grad in grads:
             watch(grad)
         self._watched += grads
+        return grads
 
-    def _gradients_may_change(self, copied: list[Event]) -> None:
-        """At the end of backward: what is done to gradients from here on comes after their copies."""
-        for event in copied:
+    def gradients_may_change(self) -> None:
+        """Let what the compute lane does next to gradients, or in their memory, come after the copies of them."""
+        for event, _ in self._copied:
             self._lanes.compute.wait(event)
-        copied.clear()
+        self._copied.clear()
 
     def _grads_now(self, index: int) -> tuple[Fingerprint, ...]:
         """What the gradients of a subgroup are, whose actions are told of them."""

@@ -130,6 +130,28 @@ def settle(
     return replace(homes, visitors=visitors, num_slots=homes.num_slots if visitors else 0)
 
 
+def stage_gradients(
+    homes: Homes,
+    policy: Policy,
+    subgroups: Sequence[Subgroup],
+    budgets: Budgets,
+    accelerator: Accelerator | None = None,
+) -> Homes:
+    """``homes`` with a staging buffer for each gradient that may go down, so that all may do so during backward.
+
+    With as many as ``budgets`` hold beside the rest; a plan has the buffers that it names.
+    """
+    if isinstance(policy, Plan):
+        return homes
+    most = choose_placements(policy, len(subgroups), homes.residents).count(Placement.HOST)
+    one = replace(homes, num_staging=1).bill(subgroups, accelerator).staging_bytes
+    bill = homes.bill(subgroups, accelerator)
+    held = ((budgets.host_bytes, bill.host_bytes), (budgets.pinned_bytes, bill.pinned_bytes))
+    more = [(budget - num_bytes) // one for budget, num_bytes in held if budget is not None and one]
+    num_staging = min([most, *(homes.num_staging + num for num in more)])
+    return replace(homes, num_staging=max(homes.num_staging, num_staging))
+
+
 def _fill_budgets(
     homes: Homes,
     subgroups: Sequence[Subgroup],

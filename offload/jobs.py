@@ -10,6 +10,7 @@ from typing import Any
 from offload.candidates import Decision, decide, sampled
 from offload.estimate import ZERO_STAGES, MemoryEstimate, ModelCost, estimate_memory
 from offload.hardware import HardwareProfile
+from offload.homes import Homes, stage_gradients
 from offload.kernels import STATE_FORMATS
 from offload.kernels.state import check_state_format
 from offload.layer_costs import Layer
@@ -229,15 +230,16 @@ def plan_job(job: TrainingJob, budgets: Budgets | None = None, *, num_slots: int
         budgets = replace(budgets, device_bytes=room)
     subgroups, rates = job.subgroups(), job.rates()
     decision = decide(subgroups, rates, budgets, num_slots=num_slots)
-    hidden, chosen, step = _hide(job, decision, subgroups)
-    if step.plan != chosen.plan:  # in another order, with more slots or other visits
-        chosen = Search(subgroups, rates).choice(hidden[0].plan_name, chosen.homes, step.plan)
+    hidden, chosen, step = _hide(job, decision, subgroups, budgets)
+    if step.plan != chosen.plan:  # in another order, with more buffers or other visits
+        homes = _staged(chosen.homes, subgroups, budgets) if hidden[0].hiding.early_gradients else chosen.homes
+        chosen = Search(subgroups, rates).choice(hidden[0].plan_name, homes, step.plan)
     levers = tuple(_levers(job, subgroups, chosen))
     return JobPlan(job, budgets, decision, chosen, tuple(hidden), step, job.memory(chosen), room, levers)
 
 
 def _hide(
-    job: TrainingJob, decision: Decision, subgroups: Sequence[Subgroup]
+    job: TrainingJob, decision: Decision, subgroups: Sequence[Subgroup], budgets: Budgets
 ) -> tuple[tuple[HiddenUpdate, ...], Choice, StepPrediction]:
     """Ways to hide the update of the fastest plans, the shortest step first; whose update that is, and its step.
 
@@ -256,6 +258,7 @@ def _hide(
                 layers,
                 ways_to_hide(choice.plan, subgroups, layers, clips=job.clips),
                 choice.homes.visitors,
+                most_staging=_staged(choice.homes, subgroups, budgets).num_staging,
             )
         ]
         best_of: dict[Hiding, tuple[Choice, StepPrediction]] = {}
@@ -271,13 +274,20 @@ def _hide(
     share = sum(s.numel for s in sample) / sum(s.numel for s in subgroups)
     plan = Search(sample, rates).spread(homes, round(best.num_device * share))
     shorter = [Layer(layer.forward_s * share, layer.backward_s * share) for layer in layers]
-    ranked = hide(plan, sample, rates, shorter, ways_to_hide(plan, sample, shorter, clips=job.clips))
-    (_, step), *_ = hide(best.plan, subgroups, rates, layers, [ranked[0][0]])
+    most = _staged(best.homes, subgroups, budgets).num_staging
+    ways = ways_to_hide(plan, sample, shorter, clips=job.clips)
+    ranked = hide(plan, sample, rates, shorter, ways, most_staging=round(most * share))
+    (_, step), *_ = hide(best.plan, subgroups, rates, layers, [ranked[0][0]], most_staging=most)
     about = [
         HiddenUpdate(best.name, hiding, step.step_s / share, step.update_s / share, is_exact=False)
         for hiding, step in ranked[1:]
     ]
     return (HiddenUpdate(best.name, ranked[0][0], step.step_s, step.update_s), *about), best, step
+
+
+def _staged(homes: Homes, subgroups: Sequence[Subgroup], budgets: Budgets) -> Homes:
+    """``homes`` with the staging buffers that early gradients get."""
+    return stage_gradients(homes, "auto", subgroups, budgets)
 
 
 def _name(choice: Choice, plan: Plan) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from offload.accelerators import Accelerator
 from offload.adam import AdamSubgroup
-from offload.homes import NUM_STAGING, Homes, settle
+from offload.homes import NUM_STAGING, Homes, settle, stage_gradients
 from offload.lanes import Lanes
 from offload.lanes.accelerator import StreamLane
 from offload.layout import Packed
@@ -46,21 +46,29 @@ def claim(
     *,
     taken: Claim,
     num_settled: int,
+    early_gradients: bool = False,
 ) -> Claim:
     """Decide for ``subgroups[num_settled:]``, beside what ``taken`` holds. Allocates nothing.
+
+    Args:
+        early_gradients: there are to be staging buffers for all gradients that go down, as far as budgets hold them.
 
     Raises:
         BudgetError: if a budget, the machine, a control group or a resource limit does not hold it.
     """
     pinnable_bytes = None if accelerator is None else accelerator.pinnable_bytes()
+    pinnable = budgets
     if pinnable_bytes is not None:
         pinnable_bytes += taken.bill.pinned_bytes
-        if policy == "auto":
-            pinned_budget = pinnable_bytes if budgets.pinned_bytes is None else budgets.pinned_bytes
-            budgets = replace(budgets, pinned_bytes=min(pinnable_bytes, pinned_budget))
+        pinned_budget = pinnable_bytes if budgets.pinned_bytes is None else budgets.pinned_bytes
+        pinnable = replace(budgets, pinned_bytes=min(pinnable_bytes, pinned_budget))
+    if policy == "auto":
+        budgets = pinnable
     homes = settle(
         policy, subgroups, budgets, num_slots, settled=taken.homes, num_settled=num_settled, accelerator=accelerator
     )
+    if early_gradients:
+        homes = stage_gradients(homes, policy, subgroups, pinnable, accelerator)
     if pinnable_bytes is not None and accelerator is not None:
         homes = homes.within(pinnable_bytes, subgroups, accelerator)
     wanted = Claim.of(homes, subgroups, accelerator)
@@ -187,7 +195,7 @@ class SubgroupMemory:
         subgroups, options = [*self.subgroups, *added], self._options
         wanted = claim(
             options.policy, subgroups, options.budgets, options.num_slots, self._accelerator,
-            taken=self._claim, num_settled=len(self.subgroups),
+            taken=self._claim, num_settled=len(self.subgroups), early_gradients=options.early_gradients,
         )  # fmt: skip
         return Addition(packed, layouts, subgroups, wanted)
 

@@ -71,6 +71,7 @@ class OffloadedState(Insight):
         memory_monitor: MemoryMonitor | None = None,
         profile: HardwareProfile | Rates | str | None = None,
         overlap: Overlap = "auto",
+        early_gradients: bool = False,
         on_nonfinite: OnNonFinite = "error",
         state_format: str = "fp32",
         rounding_seed: int = 0,
@@ -88,8 +89,9 @@ class OffloadedState(Insight):
             memory_monitor=memory_monitor,
             profile=profile,
             overlap=overlap,
+            early_gradients=early_gradients,
         )
-        check_ranks(self._options.overlap)
+        check_ranks(self._options)
         self.state_format = check_state_format(state_format)
         self.rounding_seed = check_rounding_seed(rounding_seed)
         self.on_nonfinite = on_nonfinite
@@ -116,7 +118,9 @@ class OffloadedState(Insight):
             options = replace(options, policy="host", rates=None)
         if options.overlap == "auto":
             hides = device.type != "cpu" and not any(map(is_sharded, params))
-            options = replace(options, overlap="next_forward" if hides else "none", chooses_overlap=hides)
+            early = options.early_gradients and hides
+            how: Overlap = "next_forward" if hides else "none"
+            options = replace(options, overlap=how, chooses_overlap=hides, early_gradients=early)
         total_numel = sum(local(p).numel() for p in params if p.requires_grad)
         options = replace(options, allocates=self._allocates)
         self._subgroup_numel = resolve_subgroup_numel(options.subgroup_numel, total_numel)

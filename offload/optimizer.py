@@ -53,6 +53,11 @@ class OffloadedOptimizer(OffloadedState):
             ``"backward"``, which brings gradients down while backward runs (:mod:`offload.early`).
             ``"auto"`` is ``"none"`` for DTensors, and on the CPU, where nothing would be hidden. On an accelerator it
             starts as ``"next_forward"`` and, with ``plan="auto"``, follows what a whole step is predicted to take.
+        early_gradients: gradients of CPU updates come down while backward runs whatever ``overlap`` is, through as many
+            staging buffers as there are such updates, or as ``host_budget`` and ``pinned_budget`` hold; a plan that is
+            given has its own. Where gradients change after backward, autograd's version counter has to see it, as
+            with ``overlap="backward"`` (:mod:`offload.early`). Where ``overlap="auto"`` is ``"none"`` from the start,
+            nothing comes early.
         on_nonfinite: what :meth:`step` does about NaN or infinity in a gradient: raise
             :class:`NonFiniteGradientError`, or skip the step and count it in ``num_skipped_steps``. State and
             parameters are untouched either way.
@@ -262,4 +267,6 @@ class OffloadedOptimizer(OffloadedState):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; also forgets a clip coefficient that no step has used."""
         self._grad_scale.forget()
+        if self._runtime is not None:
+            self._runtime.before_dropping_gradients()
         super().zero_grad(set_to_none)

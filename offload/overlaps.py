@@ -10,6 +10,8 @@ fewer visits than the fastest split has do, as they leave links and host memory 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
 
 from offload.layer_costs import Layer, room_in_backward
 from offload.perf_model import Rates
@@ -24,12 +26,14 @@ _WHAT = {
     "none": "update after backward",
     "backward": "gradients and states in backward, update after it",
     "next_forward": "states in backward, update under the next forward",
+    "early_gradients": "gradients and states in backward, update under the next forward",
 }
 
 
 def describe(hiding: Hiding) -> str:
     """A way to hide the update, for a reader."""
-    what = _WHAT[hiding.overlap]
+    early = hiding.overlap == "next_forward" and hiding.early_gradients
+    what = _WHAT["early_gradients" if early else hiding.overlap]
     if hiding.in_backward:
         rest = "its rest under the next forward" if hiding.overlap == "next_forward" else "its rest after it"
         what = f"update in backward, {rest}"
@@ -44,17 +48,26 @@ def hide(
     layers: Sequence[Layer],
     ways: Iterable[Hiding],
     visitors: Collection[int] = (),
+    *,
+    most_staging: int = 0,
 ) -> list[tuple[Hiding, StepPrediction]]:
     """The step of ``plan`` with its update hidden in each of ``ways``, the shortest first; of equals the first of them.
 
     A step's own plan says in which order, through how many slots and, among ``visitors``, which subgroups visit: see
-    [Note: a head start].
+    [Note: a head start]. Where early gradients are asked for, it goes through up to ``most_staging`` staging buffers.
     """
     steps = []
     for hiding in ways:
-        plans = [*_orders(plan, subgroups, rates, hiding)]
+        buffers = _Buffers.of(plan, hiding, most_staging)
+        lower = partial(
+            schedule, subgroups=subgroups, rates=rates, num_slots=buffers.num_slots, num_staging=buffers.num_staging
+        )
+        placements = [plan.placements[subgroup.index] for subgroup in subgroups]
+        plans = [plan if buffers == _Buffers.of(plan) else lower(placements)]
+        if hiding.overlap == "backward" or hiding.in_backward:  # in the order in which backward makes gradients
+            plans.append(lower(placements, order=range(len(subgroups) - 1, -1, -1)))
         if hiding.overlap == "next_forward" and not hiding.in_backward:
-            plans += _head_starts(plan, subgroups, rates, hiding, visitors)
+            plans += map(lower, _head_starts(plan, subgroups, visitors, buffers))
         hidden = (predict_step(each, subgroups, rates, layers, hiding) for each in plans)
         steps.append((hiding, min(hidden, key=lambda step: step.step_s)))
     return sorted(steps, key=lambda item: item[1].step_s)
@@ -72,49 +85,43 @@ def ways_to_hide(
     if not layers:
         return
     slot_bytes = max((subgroups[i].state_bytes for i, w in plan.placements.items() if w is Placement.DEVICE), default=0)
-    overlaps: tuple[Overlap, ...] = ("backward", "next_forward")
-    for overlap in overlaps:
+    ways: tuple[tuple[Overlap, bool], ...] = (("backward", False), ("next_forward", False), ("next_forward", True))
+    for overlap, early in ways:
         room = max(room_in_backward(layers, until_next_forward=overlap == "next_forward"))
         most = min(MAX_PASSING_SLOTS, room // slot_bytes if slot_bytes else 0)
-        for in_backward in (False,) if clips else (False, True):
+        for in_backward in (False,) if clips or early else (False, True):
             for num in (0,) if in_backward else dict.fromkeys((0, most)):
-                yield Hiding(overlap, in_backward, num)
+                yield Hiding(overlap, in_backward, num, early)
 
 
-def _orders(plan: Plan, subgroups: Sequence[Subgroup], rates: Rates, hiding: Hiding) -> Iterator[Plan]:
-    """The plan in the order of the next forward and, where gradients come early, in the order that backward makes them.
+class _Buffers(NamedTuple):
+    """How many a plan goes through."""
 
-    With as many slots more as ``hiding`` has passing ones.
-    """
-    num_slots = plan.num_buffers(Placement.DEVICE) + hiding.num_passing_slots
-    num_staging = plan.num_buffers(Placement.HOST)
-    where = plan.placements
-    placements = [where[subgroup.index] for subgroup in subgroups]
-    if hiding.num_passing_slots:
-        yield schedule(placements, subgroups, rates, num_slots=num_slots, num_staging=num_staging)
-    else:
-        yield plan
-    if hiding.overlap == "backward" or hiding.in_backward:
-        order = range(len(subgroups) - 1, -1, -1)
-        yield schedule(placements, subgroups, rates, num_slots=num_slots, num_staging=num_staging, order=order)
+    num_slots: int
+    num_staging: int
+
+    @classmethod
+    def of(cls, plan: Plan, hiding: Hiding = IN_ORDER, most_staging: int = 0) -> _Buffers:
+        """Those of ``plan``, and those that ``hiding`` adds."""
+        num_slots, num_staging = plan.num_buffers(Placement.DEVICE), plan.num_buffers(Placement.HOST)
+        if hiding.early_gradients and num_staging:
+            num_staging = max(num_staging, most_staging)
+        return cls(num_slots + hiding.num_passing_slots, num_staging)
 
 
 def _head_starts(
-    plan: Plan, subgroups: Sequence[Subgroup], rates: Rates, hiding: Hiding, visitors: Collection[int]
-) -> Iterator[Plan]:
-    """Plans whose first subgroups visit; all visits of ``plan``, twice the first ones, or those alone."""
-    num_slots = plan.num_buffers(Placement.DEVICE) + hiding.num_passing_slots
-    num_staging = plan.num_buffers(Placement.HOST)
+    plan: Plan, subgroups: Sequence[Subgroup], visitors: Collection[int], buffers: _Buffers
+) -> Iterator[list[Placement]]:
+    """Placements whose first subgroups visit; all visits of ``plan``, twice the first ones, or those alone."""
     able = [s.index for s in subgroups if s.index in visitors]
-    first = min(num_slots - 1, plan.num_visits)
-    if first < 1 or num_staging == 0:
+    first = min(buffers.num_slots - 1, plan.num_visits)
+    if first < 1 or buffers.num_staging == 0:
         return
     for num in sorted({first, min(2 * first, plan.num_visits), plan.num_visits}):
         others = evenly(able[first:], num - first)
-        placements = [
+        yield [
             where if where is Placement.RESIDENT
             else Placement.DEVICE if index in others or index in able[:first]
             else Placement.HOST
             for index, where in sorted(plan.placements.items())
         ]  # fmt: skip
-        yield schedule(placements, subgroups, rates, num_slots=num_slots, num_staging=num_staging)

@@ -79,22 +79,26 @@ class Hiding:
         in_backward: a subgroup's update begins once its gradient is final; exact only without gradient clipping.
         num_passing_slots: slots, the last of a plan's, that exist from when backward gave their memory back until the
             update is over. Not where the update begins in backward.
+        early_gradients: gradients come down while backward runs, as with "backward" they do in any case.
     """
 
     overlap: Overlap = "none"
     in_backward: bool = False
     num_passing_slots: int = 0
+    early_gradients: bool = False
 
     def __post_init__(self) -> None:
         if self.overlap == "auto":
             raise ValueError("overlap='auto' is no schedule to predict; give 'none', 'backward' or 'next_forward'")
-        if self.overlap == "none" and (self.in_backward or self.num_passing_slots):
+        if self.overlap == "none" and (self.in_backward or self.num_passing_slots or self.early_gradients):
             raise ValueError("with overlap='none' nothing of the update runs in backward; give another overlap")
         if self.in_backward and self.num_passing_slots:
             raise ValueError(
                 f"num_passing_slots={self.num_passing_slots}: an update that begins in backward goes through lasting "
                 f"slots only; leave one of the two out"
             )
+        if self.in_backward and self.early_gradients:
+            raise ValueError("in_backward=True brings gradients down where it updates; leave early_gradients out")
 
     @property
     def has_conductor(self) -> bool:
@@ -202,9 +206,9 @@ class _Training:
 
     def _backward(self) -> tuple[list[VirtualEvent], list[Op]]:
         """Backward with the transfers that begin in it, which it returns too."""
-        overlap = self._hiding.overlap
-        early = [] if overlap == "none" else early_operations(self._plan)
-        if overlap == "next_forward":
+        hiding = self._hiding
+        early = [] if hiding.overlap == "none" else early_operations(self._plan)
+        if hiding.overlap == "next_forward" and not hiding.early_gradients:
             early = [op for op in early if op.kind is OpKind.PREFETCH]
         up = {op.buffer: op for op in early if op.kind is OpKind.PREFETCH}
         down = {op.subgroup: op for op in early if op.kind is OpKind.GRAD_DOWN}
@@ -221,6 +225,10 @@ class _Training:
             for subgroup in reversed(made):
                 if subgroup.index in down:
                     self._begin(down[subgroup.index])
+        for index in down:  # whose gradients may change once backward is over
+            copied = self._subgroups[index].grad_on_host
+            assert copied is not None
+            self._lanes.compute.wait(copied)
         return backward, early
 
     def _begin(self, op: Op) -> None:

@@ -155,4 +155,10 @@ class PlanInForce:
             return None
         if rates is None and len(subgroups) - len(homes.residents) == 1:
             return None
-        return Controller(subgroups, homes, rates, first_step=self.num_steps)
+        return Controller(
+            subgroups,
+            homes,
+            rates,
+            first_step=self.num_steps,
+            early_gradients=self._options.brings_gradients_early,
+        )

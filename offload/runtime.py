@@ -82,8 +82,7 @@ class Runtime:
         self._broken: BaseException | None = None
         self._process = os.getpid()
         self.copies = CopiesBesideSteps(self.actions, options.budgets, self.accelerator)
-        with_gradients = options.overlap == "backward"
-        self._early = EarlyTransfers(self.lanes, self.pool, self.actions, with_gradients=with_gradients)
+        self._early = EarlyTransfers(self.lanes, self.pool, self.actions, with_gradients=options.brings_gradients_early)
         self._passing = PassingSlots(options, self.memory, self.lanes.compute)
         if options.memory_monitor is not None:
             options.memory_monitor.tell(self._phase_begins)
@@ -348,6 +347,10 @@ class Runtime:
             self._conductor.finish()
         elif phase is Phase.FORWARD and not self._conductor.in_flight:
             self._early.leave(self._passing.give_back())
+
+    def before_dropping_gradients(self) -> None:
+        """Let what comes next in the memory of gradients come after early copies of them."""
+        self._early.gradients_may_change()
 
     def before_gradient(self, index: int) -> None:
         """Let what the current stream writes to the gradient of subgroup ``index`` come after an early copy of it."""

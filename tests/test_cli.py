@@ -80,6 +80,8 @@ def test_plan_says_how_to_run_it(sim: ModuleType, capsys: pytest.CaptureFixture[
     optimizer = eval(call[1], {"offload": offload, "model": model, "monitor": monitor})
     assert optimizer.runtime.subgroups
     assert ("resident" in re.search(r"^plan: (.*);", text, re.MULTILINE)[1]) == ("device_budget" in call[1])
+    early = "hidden: gradients and states in backward, update under the next forward" in text
+    assert early == ("early_gradients=True" in call[1]) == optimizer.runtime.options.early_gradients
 
 
 def test_plan_of_several_ranks_is_run_by_deepspeed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offload.homes import Homes, first_plan, settle
+from offload.homes import Homes, first_plan, settle, stage_gradients
 from offload.plan import Placement, Plan, PlanError
 from offload.policy import Policy, Static, Stride, choose_placements, choose_residents, parse_policy
 from offload.pool import BudgetError, Budgets, MemoryBill
@@ -160,6 +161,28 @@ def test_auto_has_more_staging_buffers_where_every_budget_holds_them() -> None:
         assert less.bill(FOUR).host_bytes == few
     assert settle("auto", FOUR, Budgets(device_bytes=2 * 1200 - 1)).num_staging == 2, "one slot: no state queues"
     assert settle("auto", FOUR[:3], NO_LIMITS).num_staging == 3, "no more than there are subgroups"
+
+
+@pytest.mark.parametrize(
+    ("policy", "num_staging"), [("auto", 4), ("host", 4), (Static(0.25), 3), (Stride(2), 2), (Stride(3), 3)], ids=str
+)
+def test_early_gradients_have_a_staging_buffer_each(policy: Policy, num_staging: int) -> None:
+    homes = settle(policy, FOUR, NO_LIMITS)
+    assert stage_gradients(homes, policy, FOUR, NO_LIMITS) == replace(homes, num_staging=num_staging)
+
+
+def test_early_gradients_take_what_budgets_leave() -> None:
+    for kind, taken in (("host_bytes", 4 * 1200), ("pinned_bytes", 0)):
+        for num_staging in (2, 3, 4):
+            limits = Budgets(**{kind: taken + num_staging * 2 * 200})
+            homes = stage_gradients(settle("host", FOUR, limits), "host", FOUR, limits)
+            assert homes == Homes(num_staging=num_staging)
+            homes.bill(FOUR).check(limits)
+    over = Budgets(host_bytes=100)  # which is for the bill's check to say
+    assert stage_gradients(Homes(num_staging=2), "host", FOUR, over).num_staging == 2
+    plan = Plan.parse("D0@0 C0@0 U0@0 D1@0 C1@0 U1@0")
+    assert stage_gradients(settle(plan, FOUR[:2], NO_LIMITS), plan, FOUR[:2], NO_LIMITS).num_staging == 1
+    assert stage_gradients(Homes(), "host", [], NO_LIMITS) == Homes()
 
 
 budgets = st.one_of(st.none(), st.integers(0, 20_000))

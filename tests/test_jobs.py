@@ -85,6 +85,19 @@ def test_ways_to_hide_the_update_are_ranked_by_the_step() -> None:
     assert [hidden.step_s for hidden in unclipped.hidden] == sorted(hidden.step_s for hidden in unclipped.hidden)
 
 
+def test_early_gradients_have_staging_buffers_in_the_bill() -> None:
+    job = TrainingJob(transformer_cost("small", parse_shape(SMALL), micro_batch=1, seq=2048), DESKTOP)
+    found = plan_job(job, Budgets(device_bytes=2**30))
+    early, subgroups, homes = found.hidden[0].hiding, job.subgroups(), found.choice.homes
+    assert early == Hiding("next_forward", early_gradients=True)
+    without = next(hidden for hidden in found.hidden if hidden.hiding == Hiding("next_forward"))
+    assert found.step.step_s < 0.96 * without.step_s
+    assert homes.num_staging == len(subgroups) - len(homes.residents)
+    assert found.memory.bill.staging_bytes == 2 * homes.num_staging * max(s.param_bytes for s in subgroups)
+    layers = job.cost.layers(DESKTOP, found.memory.grad_bytes)
+    assert predict_step(found.choice.plan, subgroups, job.rates(), layers, early).step_s == found.step.step_s
+
+
 def test_slots_in_what_backward_frees_take_nothing_at_the_peak() -> None:
     """Without recomputation backward frees gigabytes: more slots pass, and the step's peaks stay the same."""
     cost = transformer_cost("llama-7b", SHAPES["llama-7b"], micro_batch=1, seq=2048, recompute=False)

@@ -185,6 +185,14 @@ def test_emulated_device_locks_pages_when_asked(sim: ModuleType) -> None:
     assert locked() == before
 
 
+def test_early_gradients_lock_no_more_than_they_may(sim: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A staging buffer locks four pages, and twelve may be locked."""
+    monkeypatch.setattr("offload.accelerators.sim.SimAccelerator.pinnable_bytes", lambda _: 12 << 12)
+    optimizer = offload.AdamW(mlp(device="sim").parameters(), plan="host", subgroup_numel=600, early_gradients=True)
+    assert optimizer.runtime.homes.num_staging == 3
+    assert optimizer.bill.pinned_bytes == 12 << 12
+
+
 @pytest.mark.parametrize("plan", ["device", offload.Stride(2), "auto"], ids=str)
 @pytest.mark.usefixtures("one_torch_thread")
 def test_limit_on_locked_memory(

@@ -113,7 +113,18 @@ def test_update_in_backward_by_hand() -> None:
     """The last layer's subgroup: gradient at 15, new at 22; the first's: gradient at 21, down at 22, new at 28."""
     plan = "D1@0 C1@0 U1@0 D0@1 C0@1 U0@1"
     assert hidden(plan, Hiding("backward", in_backward=True)) == (28, 7)
-    assert hidden(plan, Hiding("backward")) == (7 + 14 + 5 + 5 + 1, 11)
+
+
+def test_early_gradients_by_hand() -> None:
+    """The last layer's gradient is down at 16, the first's at 22, and the update begins no earlier.
+
+    In the order of forward its first layer waits for 1 + 5 + 1, and its last one for 5 + 1 - 3 - 1 more.
+    """
+    plan, early = "D0@0 C0@0 U0@0 D1@1 C1@1 U1@1", Hiding("next_forward", early_gradients=True)
+    assert hidden("D1@0 C1@0 U1@0 D0@1 C0@1 U0@1", Hiding("backward")) == (7 + 14 + 1 + 5 + 5 + 1, 12)
+    assert hidden(plan, early) == (21 + 7 + 2, 9)
+    assert hidden(plan, Hiding("next_forward")) == (21 + 7 + 3, 10), "the last one's gradient waits for the first"
+    assert hidden("D0@0 C0@0 U0@0 D1@0 C1@0 U1@0", early) == (21 + 7 + 4, 11), "and here for the staging buffer"
 
 
 def test_rest_of_the_update_in_backward_runs_under_the_next_forward() -> None:
@@ -159,5 +170,8 @@ def test_what_cannot_be_hidden_is_told() -> None:
         predict_step(plan, subgroups(1), BY_HAND, LAYERS, Hiding("backward", num_passing_slots=1))
     with pytest.raises(ValueError, match="overlap='auto' is no schedule"):
         Hiding("auto")
-    with pytest.raises(ValueError, match="with overlap='none' nothing of the update runs in backward"):
-        Hiding("none", in_backward=True)
+    for asked in ({"in_backward": True}, {"early_gradients": True}):
+        with pytest.raises(ValueError, match="with overlap='none' nothing of the update runs in backward"):
+            Hiding("none", **asked)
+    with pytest.raises(ValueError, match="leave early_gradients out"):
+        Hiding("next_forward", in_backward=True, early_gradients=True)

@@ -150,6 +150,18 @@ class FlatPartition:
         """Wait until nothing is in flight: ``states`` and parameters may be read and written afterwards."""
         self.runtime.synchronize()
 
+    def release_params(self) -> None:
+        """Let go of the flat tensors' memory, until :meth:`move_params`. Nothing may be in flight."""
+        for _, piece in itertools.chain.from_iterable(self._slices):
+            piece.param.data = piece.param.new_empty(0)
+
+    def move_params(self, flats: Sequence[Tensor]) -> None:
+        """From now on update ``flats``, alike in shape, dtype and device, in the place of those before."""
+        for slices, whole in zip(self._slices, flats, strict=True):
+            parts = torch.split(whole, [piece.numel for _, piece in slices])
+            for (_, piece), part in zip(slices, parts, strict=True):
+                piece.param.data = part
+
     @property
     def plan(self) -> Plan:
         """The plan of the next step on this rank."""

@@ -9,14 +9,14 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
 import hjson
 from deepspeed.runtime.config_utils import dict_raise_error_on_duplicate_keys
-from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig
+from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, OffloadStateTypeEnum
 
 OLDEST = "0.16.9"
 STAGE3 = "deepspeed.runtime.zero.stage3"
@@ -36,12 +36,14 @@ class Seam:
         module, name: where it is; ``name`` may be "Class.method".
         parameters: their names in order, without self; more may follow. None for a class.
         use: what the plugin does with it.
+        may_lack: whether older versions do without, and so without what the plugin does there.
     """
 
     module: str
     name: str
     parameters: tuple[str, ...] | None
     use: str
+    may_lack: bool = False
 
     def check(self) -> None:
         """Raise :class:`SeamError` if it is not there, or takes other parameters."""
@@ -50,6 +52,8 @@ class Seam:
             for part in self.name.split("."):
                 found = getattr(found, part)
         except (ImportError, AttributeError) as error:
+            if self.may_lack:
+                return
             raise SeamError(self._message("is not there")) from error
         if self.parameters is None:
             return
@@ -71,6 +75,7 @@ def _undecorated(function: Any) -> Any:
 
 
 _Z3, _Z12 = "DeepSpeedZeroOptimizer_Stage3", "DeepSpeedZeroOptimizer"
+_OFFLOAD_STATES = ("include", "device", "pin_memory", "non_blocking")
 
 STAGE3_SEAMS = (
     Seam(STAGE3, f"{_Z3}._create_fp32_partitions", (), "replaced: masters are rows of our states"),
@@ -89,6 +94,8 @@ STAGE3_SEAMS = (
     Seam(STAGE3, f"{_Z3}._restore_from_bit16_weights", (), "extended: waits for the states"),
     Seam(STAGE3, f"{_Z3}.state_dict", (), "extended: waits for the states"),
     Seam(STAGE3, f"{_Z3}.load_state_dict", ("state_dict_list",), "extended: takes loaded states over"),
+    Seam(STAGE3, f"{_Z3}.offload_states", _OFFLOAD_STATES, "extended: ours stay"),
+    Seam(STAGE3, f"{_Z3}.reload_states", ("non_blocking",), "extended: parameters are elsewhere then"),
 )
 STAGE12_SEAMS = (
     Seam(STAGE12, f"{_Z12}.initialize_optimizer_states", (), "replaced: our states are the optimizer's"),
@@ -99,6 +106,8 @@ STAGE12_SEAMS = (
     Seam(STAGE12, f"{_Z12}._link_all_hp_params", (), "called after a load"),
     Seam(STAGE12, f"{_Z12}._lazy_init_hp_params_optimizer_state", (), "called when states are there"),
     Seam(STAGE12, f"{_Z12}.load_state_dict", ("state_dict_list",), "extended: takes loaded states over"),
+    Seam(STAGE12, f"{_Z12}.offload_states", _OFFLOAD_STATES, "extended: ours stay", may_lack=True),
+    Seam(STAGE12, f"{_Z12}.reload_states", ("non_blocking",), "extended: parameters are elsewhere then", may_lack=True),
     Seam(ENGINE, _Z12, None, "the name by which the engine constructs stages 1 and 2"),
 )
 # Attributes of the optimizers, once constructed.
@@ -139,6 +148,12 @@ def parse_json(text: str) -> object:
 def offload_optimizer_keys() -> set[str]:
     """What this version's ``offload_optimizer`` block may have."""
     return set(DeepSpeedZeroOffloadOptimizerConfig.model_fields)
+
+
+def states_to_move(include: Container[Any] | None) -> set[Any]:
+    """What of ``offload_states(include)`` is DeepSpeed's to move: masters and moments are where the plan has them."""
+    ours = (OffloadStateTypeEnum.hp_params, OffloadStateTypeEnum.optim_states)
+    return {state for state in OffloadStateTypeEnum if state not in ours and (include is None or state in include)}
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from deepspeed import comm
+from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
@@ -33,6 +34,7 @@ class OffloadedStage12(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSpe
         seams.check_attributes(self, seams.STAGE12_ATTRIBUTES)
         self._lazy_init_hp_params_optimizer_state()
         self._states = PendingStates(self.offloaded, self._readers_of_states())
+        self.accumulated_grads_in_cpu: dict[int, Tensor] = {}  # DeepSpeed's has it when it offloads: none are here
 
     @property
     def device(self) -> Any:
@@ -141,7 +143,26 @@ class OffloadedStage12(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSpe
         self.offloaded.synchronize()
         super().load_state_dict(*args, **kwargs)
         self.offloaded.adopt()
+        self._link_states()
+
+    def _link_states(self) -> None:
+        """Have parameters refer to our states anew."""
         self._link_all_hp_params()
         self._hp_optimizer_states_linked = False
         self._lazy_init_hp_params_optimizer_state()
         self._states = PendingStates(self.offloaded, self._readers_of_states())
+
+    def offload_states(self, include: Any = None, *args: Any, **kwargs: Any) -> None:
+        """DeepSpeed's, of parameters and gradients: masters and moments are where the plan has them."""
+        self.offloaded.synchronize()
+        include = seams.states_to_move(include)
+        if OffloadStateTypeEnum.lp_params in include:
+            self.offloaded.release_params()
+        super().offload_states(include, *args, **kwargs)
+
+    def reload_states(self, *args: Any, **kwargs: Any) -> None:
+        """DeepSpeed's, which has the parameters elsewhere."""
+        self.offloaded.synchronize()
+        super().reload_states(*args, **kwargs)
+        self.offloaded.move_params(self._own_partitions())
+        self._link_states()

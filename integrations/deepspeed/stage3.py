@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
+from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 
@@ -27,8 +28,12 @@ class OffloadedStage3(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[misc]  # D
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         seams.check_attributes(self, seams.STAGE3_ATTRIBUTES)
-        flats = self.fp16_partitioned_groups_flat
-        for flat, grad in zip(flats, self.grad_partitions_flat_buffer.split([f.numel() for f in flats]), strict=True):
+        self._flats = list(self.fp16_partitioned_groups_flat)
+        self._attach_gradients()
+
+    def _attach_gradients(self) -> None:
+        numels = [flat.numel() for flat in self._flats]
+        for flat, grad in zip(self._flats, self.grad_partitions_flat_buffer.split(numels), strict=True):
             flat.grad = grad.data  # with a version counter of its own: that of a view counts writes to all sub-groups
 
     # ---- construction: DeepSpeed's constructor calls these two
@@ -82,11 +87,23 @@ class OffloadedStage3(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[misc]  # D
     # ---- the step, sub-group by sub-group
 
     def _prepare_sub_group(self, sub_group_id: int, timer_names: set[str]) -> None:
+        self._take_gradients_from_elsewhere(sub_group_id)
         flat = self.fp16_partitioned_groups_flat[sub_group_id]
         partitions = [param.ds_tensor for param in self.fp16_groups[sub_group_id]]
         readers = [flat, *partitions, *self.averaged_gradients[sub_group_id]]
         self._aliases[sub_group_id] = [Alias(tensor, 0, flat.numel()) for tensor in readers]
         self.averaged_gradients[sub_group_id] = None  # it stays in the flat buffer
+
+    def _take_gradients_from_elsewhere(self, sub_group_id: int) -> None:
+        """Where a parameter was frozen on the way, DeepSpeed has zeros, and its last gradient is in the flat buffer."""
+        flat_grad = self.fp16_partitioned_groups_flat[sub_group_id].grad
+        for param, grad in zip(self.fp16_groups[sub_group_id], self.averaged_gradients[sub_group_id], strict=True):
+            _, begin, numel = self.grad_position[self.get_param_id(param)]
+            place = flat_grad.narrow(0, begin, numel)
+            if place.data_ptr() != grad.data_ptr():
+                self.offloaded.synchronize()
+                self._before_gradient(sub_group_id)
+                place.copy_(grad)
 
     def unscale_and_clip_grads(self, sub_group_id: int, total_norm: Tensor) -> None:
         self.offloaded.set_grad_scale(total_norm, self.loss_scale, self.clip_grad)
@@ -141,3 +158,22 @@ class OffloadedStage3(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[misc]  # D
         self.offloaded.synchronize()
         super().load_state_dict(*args, **kwargs)
         self.offloaded.adopt()
+
+    def offload_states(self, include: Any = None, *args: Any, **kwargs: Any) -> None:
+        """DeepSpeed's, of parameters and gradients: masters and moments are where the plan has them."""
+        self.offloaded.synchronize()
+        include = seams.states_to_move(include)
+        if OffloadStateTypeEnum.lp_params in include:
+            self.offloaded.release_params()
+        if OffloadStateTypeEnum.lp_grads in include:
+            for flat in self._flats:
+                flat.grad = None
+        super().offload_states(include, *args, **kwargs)
+
+    def reload_states(self, *args: Any, **kwargs: Any) -> None:
+        """DeepSpeed's, which makes other flat tensors of the parameters: our own go on, over the memory of those."""
+        self.offloaded.synchronize()
+        super().reload_states(*args, **kwargs)
+        self.offloaded.move_params(self.fp16_partitioned_groups_flat)
+        self.fp16_partitioned_groups_flat[:] = self._flats
+        self._attach_gradients()

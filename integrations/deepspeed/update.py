@@ -132,6 +132,14 @@ class ShardUpdate:
         """Wait until nothing is in flight."""
         self.partition.synchronize()
 
+    def release_params(self) -> None:
+        """See :meth:`FlatPartition.release_params`."""
+        self.partition.release_params()
+
+    def move_params(self, flats: Sequence[Tensor]) -> None:
+        """See :meth:`FlatPartition.move_params`."""
+        self.partition.move_params(flats)
+
     def adopt(self) -> None:
         """Take over the state that DeepSpeed has loaded into the optimizer."""
         self._entries.adopt()

@@ -121,7 +121,7 @@ def how_to_run(found: JobPlan, hardware: str) -> str:
     """What to write in a program so that it runs as planned; plan="auto" begins about so, measures and corrects itself.
 
     For several ranks under ZeRO, the block of a DeepSpeed configuration, which has fp32 state, no slots in freed
-    activations and no updates in backward.
+    activations, no early gradients and no updates in backward.
     """
     job, hiding, plan, bill = found.job, found.hidden[0].hiding, found.choice.plan, found.memory.bill
     num_slots = plan.num_buffers(Placement.DEVICE) - hiding.num_passing_slots
@@ -140,8 +140,15 @@ def how_to_run(found: JobPlan, hardware: str) -> str:
         arguments["overlap"] = "backward"
     if job.num_ranks > 1 and job.zero_stage:
         lacks = " (updates after backward)" if hiding.in_backward else ""
-        lacks = lacks or (" (without slots in freed activations)" if hiding.num_passing_slots else "")
+        without = [
+            ("slots in freed activations", hiding.num_passing_slots),
+            ("early gradients", hiding.early_gradients),
+        ]
+        missing = " and ".join(what for what, is_asked in without if is_asked)
+        lacks = lacks or (f" (without {missing})" if missing else "")
         return f'"interleaved_offload": {json.dumps(arguments)}{lacks}'
+    if hiding.early_gradients:
+        arguments["early_gradients"] = True
     if hiding.num_passing_slots:
         arguments["num_passing_slots"] = hiding.num_passing_slots
     if job.state_format != "fp32":

@@ -21,8 +21,10 @@ def with_block(config: dict[str, Any], which: str) -> dict[str, Any]:
     zero = config.get("zero_optimization")
     if not isinstance(zero, dict) or zero.get("stage", 0) not in (1, 2, 3):
         return config
-    if which == "all" and not zero.get("offload_optimizer"):
+    if which in ("all", "stock") and not zero.get("offload_optimizer"):
         zero["offload_optimizer"] = {"device": "cpu"}
+    if which == "stock":
+        return config
     if (zero.get("offload_optimizer") or {}).get("device") != "cpu" and not zero.get("cpu_offload"):
         return config
     return {**config, BLOCK: json.loads(os.environ.get("OFFLOAD_BLOCK", "{}"))}
@@ -49,7 +51,7 @@ def install_with_block(which: str) -> None:
         if log := os.environ.get("OFFLOAD_LOG"):
             with Path(log).open("a", encoding="utf-8") as file:
                 file.write(f"{os.environ.get('PYTEST_CURRENT_TEST')}\t{what}\n")
-        if what != "ours":
+        if what != "ours" and which != "stock":
             return installed(*args, **kwargs)
         with entry._in_the_place_of(bound.arguments, ours):
             return installed(*bound.args, **bound.kwargs)
@@ -61,5 +63,7 @@ def install_with_block(which: str) -> None:
 importlib.import_module("torch._dynamo")
 # DeepSpeed would compile it for minutes, to run collectives a little faster.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+if os.environ.get("OFFLOAD_FP16") == "1":
+    deepspeed.accelerator.cpu_accelerator.CPU_Accelerator.is_fp16_supported = lambda _: True
 if (which := os.environ.get("OFFLOAD_ZERO", "asked")) != "none":
     install_with_block(which)

@@ -93,6 +93,21 @@ def test_every_order_gives_the_same_bits_and_no_race(ds: ModuleType, stage: int,
     assert ds.races() == []
 
 
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("overlap", [pytest.param("backward", marks=pytest.mark.slow), "next_forward"])
+def test_layers_may_be_frozen_and_thawed_on_the_way(ds: ModuleType, stage: int, overlap: str) -> None:
+    def with_frozen(engine: Any) -> Trained:
+        """Frozen in steps 1 and 2."""
+        result = train(engine, before_step=lambda step: engine.module.layers.requires_grad_(step >= 2))
+        close(engine)
+        return result
+
+    expected = with_frozen(engine_of(reference(config(stage))))
+    ds.configure("lazy")
+    assert_same_bits(with_frozen(engine_of(ours(config(stage), plan="device", overlap=overlap))), expected)
+    assert ds.races() == []
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_placements_may_change_every_step(ds: ModuleType, stage: int) -> None:
     bits = expected(stage)
