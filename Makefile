@@ -19,6 +19,9 @@ CSRC := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl)
 ENVIRONMENT := $(VENV)/.environment
 INSTALLED := $(VENV)/.installed
 
+# Tests start hundreds of processes: none of them compiles Python modules that another has compiled.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help demo examples test test-slow soak deletions sanitize lint format docs dist clean
 

@@ -43,7 +43,10 @@ APART_BYTES = 17 << 12
 
 STREAM, OURS, OURS_OFFLOAD = "stream of the same bytes", "ours", "ours, bf16 gradient"
 ZERO3, TORCH_PASSES = "ZeRO-3: mul_, CPUAdam, copy_", "torch: mul_, fused, copy_"
-DEEPSPEED, TORCH_FUSED, ORDINARY_PAGES = "DeepSpeedCPUAdam", "torch fused", "ours, ordinary pages"
+DEEPSPEED, TORCH_FUSED = "DeepSpeedCPUAdam", "torch fused"
+# In the pages that torch's allocator gives the peers' users, where ours asks for huge ones.
+ORDINARY_PAGES, DEEPSPEED_ORDINARY = "ours, ordinary pages", "DeepSpeedCPUAdam, ordinary pages"
+ZERO3_ORDINARY = "ZeRO-3, ordinary pages"
 
 
 def state_case(state_format: str) -> str:
@@ -137,8 +140,8 @@ def make_jobs(buffers: Buffers, num_threads: int, *, quick: bool) -> Jobs:
     ours = functools.partial(buffers.ours, num_threads=num_threads)
     jobs.step[STREAM] = lambda: buffers.stream(num_threads)
     jobs.step[OURS] = lambda: ours(name, buffers.grad, None)
-    if host_memory.uses_huge_pages() and not quick:
-        ordinary = Buffers(buffers.master.numel(), ordinary_pages=True)
+    ordinary = Buffers(buffers.master.numel(), ordinary_pages=True) if host_memory.uses_huge_pages() else None
+    if ordinary is not None:
         jobs.step[ORDINARY_PAGES] = lambda: ordinary.ours(name, ordinary.grad, None, num_threads)
     jobs.step[TORCH_FUSED] = buffers.torch_fused
     jobs.offload[OURS_OFFLOAD] = lambda: ours(name, buffers.grad_bf16, buffers.out)
@@ -156,7 +159,7 @@ def make_jobs(buffers: Buffers, num_threads: int, *, quick: bool) -> Jobs:
     else:
         torch.compiler.reset()  # what was compiled for another number of threads
         jobs.step["torch compiled"] = torch.compile(buffers.torch_foreach().step)
-    _add_deepspeed(jobs, buffers, num_threads, quick=quick)
+    _add_deepspeed(jobs, buffers, ordinary, num_threads, quick=quick)
     return jobs
 
 
@@ -182,7 +185,7 @@ def _compact_case(buffers: Buffers, state_format: str, num_threads: int) -> Case
     return step
 
 
-def _add_deepspeed(jobs: Jobs, buffers: Buffers, num_threads: int, *, quick: bool) -> None:
+def _add_deepspeed(jobs: Jobs, buffers: Buffers, ordinary: Buffers | None, num_threads: int, *, quick: bool) -> None:
     reason = None
     if importlib.util.find_spec("deepspeed") is None:
         reason = "not installed"
@@ -193,18 +196,24 @@ def _add_deepspeed(jobs: Jobs, buffers: Buffers, num_threads: int, *, quick: boo
     if reason is not None:
         jobs.missing |= {DEEPSPEED: reason, ZERO3: reason}
         return
-    deepspeed_step = _deepspeed_step(buffers)
     # DeepSpeed's operator has an OpenMP runtime beside torch's, so torch.set_num_threads doesn't reach it.
+    jobs.step[DEEPSPEED], jobs.offload[ZERO3] = _deepspeed_cases(buffers)
+    if ordinary is not None:
+        jobs.step[DEEPSPEED_ORDINARY], jobs.offload[ZERO3_ORDINARY] = _deepspeed_cases(ordinary)
     ctypes.CDLL("libgomp.so.1").omp_set_num_threads(num_threads)
+
+
+def _deepspeed_cases(buffers: Buffers) -> tuple[Case, Case]:
+    """DeepSpeedCPUAdam alone, and what stage 3 does with it."""
+    step = _deepspeed_step(buffers)
 
     def zero3() -> None:
         """unscale_and_clip_grads, _optimizer_step and _reassign_or_swap_out_partitioned_parameters of stage3.py."""
         buffers.grad.mul_(1.0)
-        deepspeed_step()
+        step()
         buffers.out.copy_(buffers.master)
 
-    jobs.step[DEEPSPEED] = deepspeed_step
-    jobs.offload[ZERO3] = zero3
+    return step, zero3
 
 
 def _extension_files(name: str) -> Iterator[Path]:

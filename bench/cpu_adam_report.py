@@ -28,9 +28,9 @@ def print_headline(results: dict[str, Any], names: list[str]) -> None:
     print(f"\nat {results['numel']:,} parameters and {results['threads']} threads")
     for name in names:
         value = results[name]
-        print(f"  {name:<24}{'not measured' if value is None else f'{value:.3f}'}")
+        print(f"  {name:<32}{'not measured' if value is None else f'{value:.3f}'}")
     print(
-        f"  {'call_overhead_us':<24}{results['call_overhead_us']:.2f}   (1,000 parameters, the update included; "
+        f"  {'call_overhead_us':<32}{results['call_overhead_us']:.2f}   (1,000 parameters, the update included; "
         f"unprepared {results['unprepared_call_us']:.1f})"
     )
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from offload.perf_model import Rates
 
 WINDOW = 5  # measured steps whose median counts: two disturbed ones change nothing
+GAIN_ALONE = 0.1  # without the other side, less of which is measured once more
 
 # What a rate is measured by: the lane whose spans count, and whether by bytes or by parameters.
 RATE_OF_LANE = {
@@ -38,21 +39,73 @@ class Measurement:
     passes_s: float | None = None
 
 
-class Beliefs:
-    """Rates as they were measured, each the median of its last few steps, or as they were told before.
+class _Cost:
+    """Seconds that a lane takes for one unit of its work, in a plan with some number of updates on the other side.
 
-    [Note: what visits cost the CPU]
-    Copies and device updates take host memory (on some machines also cores) from the CPU's updates, so these are faster
-    in a plan with fewer visits than in the one that was measured. A CPU update of one parameter is taken to cost some
-    time, measured in a step without visits, and so much more for each visit. Without the first, a plan in which both
-    sides slow each other down would look like the best there is.
+    [Note: what the sides cost each other]
+    The CPU's updates and the copies of visiting states take host memory (on some machines also cores) from each other,
+    so each is faster in a plan with less of the other than in the one that was measured. A unit of work is taken to
+    cost some time, measured in a step without the other side, and so much more for each subgroup that is updated there.
+    Without the first, a plan in which both sides slow each other down would look like the best there is.
     """
 
-    def __init__(self, start: Rates | None) -> None:
+    def __init__(self) -> None:
+        self._alone_s: deque[float] = deque(maxlen=WINDOW)
+        self._beside: deque[tuple[int, float]] = deque(maxlen=WINDOW)  # number on the other side, and the same beside
+
+    def add(self, num_others: int, seconds: float) -> None:
+        if num_others:
+            self._beside.append((num_others, seconds))
+        else:
+            self._alone_s.append(seconds)
+
+    def forget(self) -> None:
+        self._alone_s.clear()
+        self._beside.clear()
+
+    @property
+    def is_known(self) -> bool:
+        return bool(self._alone_s or self._beside)
+
+    @property
+    def lacks_alone(self) -> bool:
+        """Whether it was measured beside the other side, but not without it, or once and as slow: maybe disturbed."""
+        if not self._beside or len(self._alone_s) > 1:
+            return False
+        beside_s = statistics.median(seconds for _, seconds in self._beside)
+        return not self._alone_s or self._alone_s[0] > (1 - GAIN_ALONE) * beside_s
+
+    @property
+    def slowdown(self) -> float:
+        """What the other side made of it, as a factor of its time alone; 1 while not both were measured."""
+        if not (self._alone_s and self._beside):
+            return 1.0
+        return max(1.0, statistics.median(s for _, s in self._beside) / statistics.median_low(self._alone_s))
+
+    def at(self, num_others: int) -> float:
+        """Seconds in a plan with so many updates on the other side; to be asked only once some were measured."""
+        if not self._beside:
+            return statistics.median(self._alone_s)
+        beside_s = statistics.median(seconds for _, seconds in self._beside)
+        if not self._alone_s:
+            return beside_s
+        alone_s = min(statistics.median_low(self._alone_s), beside_s)
+        for_each = statistics.median(max(0.0, seconds - alone_s) / num for num, seconds in self._beside)
+        return alone_s + for_each * num_others
+
+
+class Beliefs:
+    """Rates as they were measured, from the median of their last few steps, or as they were told before.
+
+    Args:
+        start: what was told; None for nothing.
+        num_visitors: subgroups that either side may update. See [Note: what the sides cost each other].
+    """
+
+    def __init__(self, start: Rates | None, num_visitors: int) -> None:
         self._start = start
-        self._windows: dict[str, deque[float]] = {lane: deque(maxlen=WINDOW) for lane in RATE_OF_LANE}
-        self._alone_s: deque[float] = deque(maxlen=WINDOW)  # of a parameter's CPU update, without visits
-        self._beside: deque[tuple[int, float]] = deque(maxlen=WINDOW)  # number of visits, and the same beside them
+        self._num_visitors = num_visitors
+        self._costs = {lane: _Cost() for lane in RATE_OF_LANE}
         self._passes_s: deque[float] = deque(maxlen=WINDOW)
 
     def take_in(self, measurement: Measurement, num_visits: int) -> None:
@@ -60,17 +113,15 @@ class Beliefs:
             self._passes_s.append(measurement.passes_s)
         for lane, (amount, seconds) in measurement.work.items():
             if amount > 0 and seconds > 0:
-                self._windows[lane].append(amount / seconds)
-                if lane == "host" and num_visits:
-                    self._beside.append((num_visits, seconds / amount))
-                elif lane == "host":
-                    self._alone_s.append(seconds / amount)
+                self._costs[lane].add(self._num_others(lane, num_visits), seconds / amount)
+
+    def _num_others(self, lane: str, num_visits: int) -> int:
+        """Of the visitors, those updated on the other side than the one that ``lane`` works for."""
+        return num_visits if lane == "host" else self._num_visitors - num_visits
 
     def forget(self) -> None:
-        for window in self._windows.values():
-            window.clear()
-        self._alone_s.clear()
-        self._beside.clear()
+        for cost in self._costs.values():
+            cost.forget()
         self._passes_s.clear()
 
     @property
@@ -79,18 +130,33 @@ class Beliefs:
         return statistics.median(self._passes_s) if self._passes_s else None
 
     @property
-    def lack_alone(self) -> bool:
+    def lack_cpu_alone(self) -> bool:
         """Whether CPU updates were measured, but only beside visits."""
-        return bool(self._beside) and not self._alone_s
+        return self._costs["host"].lacks_alone
+
+    @property
+    def lack_links_alone(self) -> bool:
+        """Whether copies were measured, but only beside CPU updates."""
+        return self._costs["h2d"].lacks_alone or self._costs["d2h"].lacks_alone
 
     def at(self, num_visits: int) -> Rates | None:
         """Rates of a step with so many visits; None while a rate is neither measured nor told."""
-        measured = {RATE_OF_LANE[lane]: statistics.median(window) for lane, window in self._windows.items() if window}
-        if self._alone_s and self._beside:
-            beside_s = statistics.median(seconds for _, seconds in self._beside)
-            alone_s = min(statistics.median(self._alone_s), beside_s)
-            per_visit_s = statistics.median(max(0.0, seconds - alone_s) / num for num, seconds in self._beside)
-            measured[RATE_OF_LANE["host"]] = 1 / (alone_s + per_visit_s * num_visits)
+        measured = {
+            RATE_OF_LANE[lane]: 1 / cost.at(self._num_others(lane, num_visits))
+            for lane, cost in self._costs.items()
+            if cost.is_known
+        }
         if len(measured) == len(RATE_OF_LANE):  # measured beside each other, so that sharing is part of them
             return Rates(**measured)
         return None if self._start is None else replace(self._start, **measured)
+
+    def without_cpu_updates(self) -> Rates | None:
+        """Rates of a step in which all visitors visit, if copies were slowed down beside CPU updates as these were."""
+        rates, slowdown = self.at(self._num_visitors), self._costs["host"].slowdown
+        if rates is None or not self.lack_links_alone:
+            return rates
+        return replace(
+            rates,
+            h2d_bytes_per_s=rates.h2d_bytes_per_s * slowdown,
+            d2h_bytes_per_s=rates.d2h_bytes_per_s * slowdown,
+        )

@@ -31,6 +31,7 @@ HYSTERESIS = 0.02  # gain, by prediction, below which the plan stays: less than 
 MOVED_SHARE = 8  # one of so many visitors moves at a time,
 MIN_MOVED = 2  # and so many at least
 SETTLED = 3  # measurements that leave the plan alone before they become rarer
+HOPE = 0.25  # what all on the device may be predicted to take more, and is tried still
 SURPRISE = 0.1  # error of a prediction after which the next step is measured again
 MAX_INTERVAL = 16  # steps between measurements at the most
 PROBE_AFTER = 8  # measurements without an update on one side, after which one subgroup goes there to be measured
@@ -131,12 +132,12 @@ class Controller:
         self._subgroups = [subgroup.sizes_only() for subgroup in subgroups]
         self._homes = homes
         self._visitors = sorted(homes.visitors)
-        self._beliefs = Beliefs(start)
+        self._beliefs = Beliefs(start, len(self._visitors))
         # Measurements since a side was last measured; at first it never was.
         self._unseen = {Placement.HOST: PROBE_AFTER, Placement.DEVICE: PROBE_AFTER}
         self._num_settled = 0
         self._next_step = first_step + WARM_UP_STEPS
-        self._before_probe: Plan | None = None  # what to go on from, after a step without visits
+        self._before_probe: Plan | None = None  # what to go on from, after a step with one side alone
         self._ran: Plan | None = None
         self._seen_s: dict[int, deque[float]] = {}  # the last two updates since a surprise, by number of visits
         self._step_s: dict[Overlap, float] = {}  # see Decision
@@ -167,10 +168,10 @@ class Controller:
             self._next_step = measurement.step + 1
             return None
         surprised = predicted_s is None or abs(predicted_s / measurement.update_s - 1) > SURPRISE
-        if surprised:  # disturbed, or the machine changed
-            self._seen_s.clear()
-        else:
-            self._seen_s.setdefault(ran.num_visits, deque(maxlen=2)).append(measurement.update_s)
+        seen_s = self._seen_s.get(ran.num_visits)
+        if seen_s is not None and abs(seen_s[-1] / measurement.update_s - 1) > SURPRISE:
+            self._seen_s.clear()  # disturbed, or the machine changed
+        self._seen_s.setdefault(ran.num_visits, deque(maxlen=2)).append(measurement.update_s)
         choice = self._choose(ran)
         self._num_settled = 0 if surprised or choice.action != "kept" else self._num_settled + 1
         interval = 1 << min(MAX_INTERVAL.bit_length() - 1, max(0, self._num_settled - SETTLED + 1))
@@ -193,41 +194,66 @@ class Controller:
         return self._lower(spread(self._subgroups, self._homes, self._with_both_sides(self._best_num())))
 
     def _choose(self, ran: Plan) -> _Choice:
-        plan, self._before_probe = self._before_probe or ran, None
+        before_probe, self._before_probe = self._before_probe, None
+        plan = ran if before_probe is None else min(ran, before_probe, key=self._predict_s)
         placements = [plan.placements[s.index] for s in self._subgroups]
         best_num, current_s = self._best_num(), self._predict_s(plan)
         target_s, target = self._predict_s(self._spread(best_num)), self._with_both_sides(best_num)
-        if self._beliefs.lack_alone and self._homes.num_staging:
+        if (alone := self._side_to_try_alone(current_s)) is not None:
             self._before_probe = plan
-            return _Choice("probed", self._spread(0), current_s, target_s)
+            return _Choice("probed", self._spread(alone), current_s, target_s)
         if target == best_num and target_s > (1 - HYSTERESIS) * current_s:
             return _Choice("kept" if plan is ran else "moved", plan, current_s, target_s)
-        moved = self._moves(placements, target)
-        for i in moved:
-            placements[i] = Placement.DEVICE if placements[i] is Placement.HOST else Placement.HOST
-        if target == best_num and self._was_no_shorter(placements.count(Placement.DEVICE), plan.num_visits):
-            return _Choice("kept" if plan is ran else "moved", plan, current_s, target_s)
-        action: Action = "probed" if target != best_num else "moved" if moved or plan is not ran else "reordered"
-        return _Choice(action, self._lower(placements), current_s, target_s)
+        next_placements = self._towards(target, placements)
+        if target == best_num and self._was_no_shorter(next_placements.count(Placement.DEVICE), plan.num_visits):
+            shortest = min(self._seen_s, key=lambda num: self._seen_s[num][-1])
+            if self._was_no_shorter(shortest, plan.num_visits):
+                return _Choice("kept" if plan is ran else "moved", plan, current_s, target_s)
+            next_placements = self._towards(shortest, placements)
+        moves = next_placements != placements or plan is not ran
+        action: Action = "probed" if target != best_num else "moved" if moves else "reordered"
+        return _Choice(action, self._lower(next_placements), current_s, target_s)
+
+    def _side_to_try_alone(self, current_s: float) -> int | None:
+        """Visits of a step that tells what one side does without the other; None if nothing is to be learnt from it.
+
+        All on the device may take long where the link is slow: only if it may be the fastest plan, were copies slowed
+        down by CPU updates about as much as these by copies.
+        """
+        if not self._homes.num_staging:
+            return None
+        if self._beliefs.lack_cpu_alone:
+            return 0
+        num = len(self._visitors)
+        rates = self._beliefs.without_cpu_updates()
+        if rates is None or not self._beliefs.lack_links_alone:
+            return None
+        plan = self._spread(num)
+        return num if Predictor(self._subgroups, rates).predict(plan).update_s < (1 + HOPE) * current_s else None
 
     def _was_no_shorter(self, num_visits: int, than: int) -> bool:
         """Whether an update with so many visits was measured to gain no more than the hysteresis over one with others.
 
-        Near the best share all are about as long, and what is predicted of them may be more wrong than they differ:
-        the plan would move to and fro. Another order of the same share is tried once.
+        What is predicted of a share may be more wrong than shares differ: near the best one, where all are about as
+        long, the plan would move to and fro. Another order of the same share is tried once.
         """
         tried, current = self._seen_s.get(num_visits), self._seen_s.get(than)
         if num_visits == than:
             return tried is not None and len(tried) > 1
         return tried is not None and current is not None and tried[-1] > (1 - HYSTERESIS) * current[-1]
 
-    def _moves(self, placements: Sequence[Placement], target: int) -> tuple[int, ...]:
-        """Visitors that change sides on the way to ``target`` visits: few, and evenly spread."""
+    def _towards(self, target: int, placements: Sequence[Placement]) -> list[Placement]:
+        """``placements`` after one move on the way to ``target`` visits: of few visitors, and evenly spread ones."""
         current = sum(placements[i] is Placement.DEVICE for i in self._visitors)
-        source = Placement.HOST if target > current else Placement.DEVICE
+        source, where = (
+            (Placement.HOST, Placement.DEVICE) if target > current else (Placement.DEVICE, Placement.HOST)
+        )  # fmt: skip
         candidates = [i for i in self._visitors if placements[i] is source]
         num = min(abs(target - current), max(MIN_MOVED, len(self._visitors) // MOVED_SHARE))
-        return tuple(candidates[(2 * k + 1) * len(candidates) // (2 * num)] for k in range(num))
+        moved = list(placements)
+        for k in range(num):
+            moved[candidates[(2 * k + 1) * len(candidates) // (2 * num)]] = where
+        return moved
 
     def _best_num(self) -> int:
         """How many visitors the device updates in the best share; of large models, as in a sample of them."""

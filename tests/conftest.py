@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -29,6 +31,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What is imported stays: full collections, of which tests ask for many, need not go through it each time."""
+    if any("sim" in getattr(item, "fixturenames", ()) for item in session.items):
+        importlib.import_module("torch._dynamo")  # as the first optimizer would
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

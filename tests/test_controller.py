@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 
 from offload.beliefs import Measurement
 from offload.controller import HYSTERESIS, MAX_INTERVAL, Controller, Decision, replay
+from offload.hardware import HardwareProfile
 from offload.homes import Homes
 from offload.perf_model import Rates, predict
 from offload.plan import Placement, Plan
@@ -86,13 +88,52 @@ def test_within_5_percent_of_the_best_in_20_steps(start: Rates | None, seed: int
     assert update_s(plan) <= 1.05 * best_s()
 
 
-@pytest.mark.parametrize("host_dram", [40e9, 60e9, 90e9])
-@pytest.mark.parametrize("start", [None, off_by(2, 0.5), off_by(0.5, 2)], ids=str)
+@pytest.mark.parametrize("host_dram", [25e9, 40e9, 60e9, 90e9])
+@pytest.mark.parametrize("start", [None, TRUE, off_by(2, 0.5), off_by(0.5, 2)], ids=str)
 def test_sides_that_slow_each_other_down(start: Rates | None, host_dram: float) -> None:
-    """Host memory binds: what the CPU does beside visits says little about what it does without."""
+    """Host memory binds: what either side does beside the other says little about what it does without.
+
+    The less memory there is, the more visits are best: a split, or nearly all, with longer updates between the two.
+    """
     true = replace(TRUE, host_dram_bytes_per_s=host_dram)
     plan = run(Controller(SUBGROUPS, HOMES, start), true=true)
-    assert update_s(plan, true) <= 1.06 * best_s(true)  # links share too, which a rate of each does not say
+    assert update_s(plan, true) <= 1.05 * best_s(true)
+
+
+def test_a_side_alone_that_is_best_is_stayed_with() -> None:
+    """Few subgroups move at a time, which would take many steps back from where the step before had been."""
+    true = replace(TRUE, host_dram_bytes_per_s=25e9)
+    controller = Controller(SUBGROUPS, HOMES, TRUE)
+    run(controller, true=true)
+    probe = next(k for k, decision in enumerate(controller.decisions) if num_device(decision.ran) == NUM)
+    assert num_device(controller.decisions[probe - 1].ran) <= NUM // 2, "it came at once"
+    assert num_device(controller.decisions[probe].plan) >= NUM - NUM // 8
+
+
+def test_a_disturbed_step_with_one_side_alone_is_not_believed() -> None:
+    """It would rule out for good what is the best plan."""
+    true = replace(TRUE, host_dram_bytes_per_s=25e9)
+    neighbour = replace(true, h2d_bytes_per_s=5e9, d2h_bytes_per_s=5e9)
+    controller = Controller(SUBGROUPS, HOMES, TRUE)
+    plan, probes = controller.first_plan, 0
+    for step in range(1, NUM_STEPS):
+        if controller.wants(step):
+            is_first_probe = num_device(plan) == NUM and not probes
+            probes += num_device(plan) == NUM
+            decision = controller.observe(measured(step, plan, neighbour if is_first_probe else true), plan)
+            assert decision is not None
+            plan = decision.plan
+    assert probes, "it was tried"
+    assert update_s(plan, true) <= 1.05 * best_s(true)
+
+
+def test_all_on_the_device_is_not_tried_where_the_link_is_slow() -> None:
+    """That step alone would take ten times as long as the others."""
+    true = off_by(0.1, 1)
+    controller = Controller(SUBGROUPS, HOMES)
+    run(controller, true=true)
+    assert max(num_device(decision.ran) for decision in controller.decisions) <= NUM // 2 + 2
+    assert controller.decisions[-1].measurement.update_s <= 1.05 * best_s(true)
 
 
 def test_a_wrong_start_is_worth_correcting() -> None:
@@ -149,6 +190,36 @@ def test_few_subgroups_move_at_a_time() -> None:
             if decision.action != "probed" and controller.decisions[-2:][0].action != "probed":
                 assert len(changed) <= NUM // 8
             plan = decision.plan
+
+
+def run_on(profile: str, numels: Sequence[int], start: bool, num_steps: int) -> tuple[list[Decision], float]:
+    """Decisions on the machine of a profile, and how much longer than the best the plan takes at the end."""
+    true, num = Rates.from_profile(HardwareProfile.load(profile)), len(numels)
+    subgroups = [Subgroup(i, numel, 2 * numel, 12 * numel) for i, numel in enumerate(numels)]
+    homes = Homes(visitors=frozenset(range(num)), num_slots=2, num_staging=2)
+    controller = Controller(subgroups, homes, true if start else None)
+    plan = controller.first_plan
+    for step in range(num_steps):
+        if controller.wants(step):
+            spans = predict(plan, subgroups, true).spans
+            decision = controller.observe(Measurement(step, work_of(spans, subgroups), elapsed_s(spans)), plan)
+            plan = plan if decision is None else decision.plan
+    best = best_plan(subgroups, true, homes)
+    return controller.decisions, predict(plan, subgroups, true).update_s / best.update_s
+
+
+def test_a_plan_does_not_move_to_and_fro() -> None:
+    """Here 23 visits look better than 20, from there 17 do, and from there 20 again."""
+    decisions, _ = run_on("gh200", [10**8] * NUM, start=True, num_steps=40)
+    shares = [num_device(decision.plan) for decision in decisions]
+    assert len(set(shares)) > 2, "it moved"
+    assert len(set(shares[len(shares) // 2 :])) == 1, "and came to rest"
+
+
+def test_it_goes_back_to_what_was_measured_to_be_shorter() -> None:
+    """Predictions say little of subgroups of unequal sizes: the share that they name takes 1.16 times the best."""
+    _, over_best = run_on("h100-sxm-16-cores", [5 * 10**7, 2 * 10**8] * 6, start=False, num_steps=40)
+    assert over_best <= 1.05
 
 
 def test_gains_below_the_hysteresis_change_nothing() -> None:

@@ -29,6 +29,8 @@
 #endif
 
 #define OFFLOAD_INLINE inline __attribute__((always_inline))
+#define OFFLOAD_LIKELY(condition) __builtin_expect(condition, 1)
+#define OFFLOAD_UNLIKELY(condition) __builtin_expect(condition, 0)
 #define OFFLOAD_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace offload {
@@ -93,7 +95,8 @@ bool HasF16c() {  // clang 14 does not know it by name
 bool IsSupported(Isa isa) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && HasF16c();
+  // Asked once: a virtual machine's host answers cpuid, which takes longer than a small update.
+  static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && HasF16c();
   if (isa == Isa::kAvx2) return has_avx2;
   if (isa == Isa::kAvx512) {
     return has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -55,7 +55,7 @@ struct Pair {
 };
 
 OFFLOAD_INLINE Pair LoadFloatPair(const void* source, Format format, size_t i) {
-  if (format == Format::kBFloat16) {
+  if (OFFLOAD_LIKELY(format == Format::kBFloat16)) {
     const Int halves = Lane::LoadHalves(static_cast<const uint16_t*>(source) + i);
     return {Lane::FromBits(Lane::ShiftLeft<16>(halves)),
             Lane::FromBits(Lane::And(halves, Lane::BroadcastInt(0xffff0000u)))};
@@ -97,69 +97,66 @@ struct Halves {
 OFFLOAD_INLINE Halves SplitMaster(Pair master) {
   const Int x = CanonicalBits(master.x), y = CanonicalBits(master.y);
   const Int upper = UpperHalves(x, y), lower = LowerHalves(x, y);
-  const Int odd = Lane::And(upper, Lane::BroadcastInt(0x00010001u));
-  const Int ties = Lane::And(Lane::EqualHalves(lower, Lane::BroadcastInt(0x80008000u)),
-                             Lane::EqualHalves(odd, Lane::BroadcastInt(0)));
-  const Int is_up = Lane::AndNot(ties, Lane::SpreadSignHalves(lower));
-  return {Lane::SubHalves(upper, is_up), Lane::AddHalves(lower, ties), ties};
+  const Int is_even = Lane::AndNot(upper, Lane::BroadcastInt(0x00010001u));
+  const Int is_up = Lane::SpreadSignHalves(Lane::SubHalvesToZero(lower, is_even));  // above half, or half and odd
+  const Int remainder = Lane::MinHalves(lower, Lane::Or(is_up, Lane::BroadcastInt(0x7fff7fffu)));
+  return {Lane::SubHalves(upper, is_up), remainder, Lane::SubHalves(remainder, lower)};
 }
 
 // ---- random bits and bfloat16 moments, rounded up with the probability of what is dropped
 
-// Rounding::Bits of those elements whose numbers, counted from key0, are these.
-OFFLOAD_INLINE Int RandomBits(const Rounding& rounding, Int x) {
-  x = Lane::MulInt(Lane::Xor(x, Lane::ShiftRight<16>(x)), Lane::BroadcastInt(0x7feb352du));
-  x = Lane::MulInt(Lane::Xor(x, Lane::ShiftRight<15>(x)), Lane::BroadcastInt(0x846ca68bu));
-  return Lane::Xor(Lane::Xor(x, Lane::ShiftRight<16>(x)), Lane::BroadcastInt(rounding.key1));
-}
-
-struct RandomPair {
-  Int x, y;
+// Of the 32 random bits of each element, the lower half for the first moment and the upper one for the second.
+struct Thresholds {
+  Int first, second;
 };
 
-OFFLOAD_INLINE RandomPair RandomBits(const Rounding& rounding, size_t i) {
-  const Int even = Lane::CountEven(rounding.first_index + static_cast<uint32_t>(i) + rounding.key0);
-  return {RandomBits(rounding, even), RandomBits(rounding, Lane::AddInt(even, Lane::BroadcastInt(1)))};
+// `number`: of the element, counted from key0. Mixes as state.h says; the last two steps, x ^ (x >> 16) and key1, are
+// turned round, so that the upper half is there one operation earlier.
+OFFLOAD_INLINE Thresholds RandomThresholds(const Rounding& rounding, Int number) {
+  Int x = Lane::MulInt(Lane::Xor(number, Lane::ShiftRight<16>(number)), Lane::BroadcastInt(0x7feb352du));
+  x = Lane::MulInt(Lane::Xor(x, Lane::ShiftRight<15>(x)), Lane::BroadcastInt(0x846ca68bu));
+  x = Lane::Xor(x, Lane::BroadcastInt(rounding.key1 ^ (rounding.key1 >> 16)));
+  const Int upper = Lane::ShiftRight<16>(x);
+  return {Lane::And(Lane::Xor(x, upper), Lane::BroadcastInt(0xffff)), upper};
 }
 
-// The first moment is rounded with the lower half of the random bits, the second one with the upper half.
-template <bool kIsSecond>
-OFFLOAD_INLINE Int Threshold(Int random) {
-  return kIsSecond ? Lane::ShiftRight<16>(random) : Lane::And(random, Lane::BroadcastInt(0xffffu));
+// Numbers of the elements at even places from i on; the next vector's are 2 * kWidth more.
+OFFLOAD_INLINE Int EvenNumbers(const Rounding& rounding, size_t i) {
+  return Lane::CountEven(rounding.first_index + static_cast<uint32_t>(i) + rounding.key0);
 }
 
 // The bfloat16 halves.
-template <bool kIsSecond>
-OFFLOAD_INLINE Int RoundUpAtRandom(Pair moment, RandomPair random) {
-  return UpperHalves(Lane::AddInt(CanonicalBits(moment.x), Threshold<kIsSecond>(random.x)),
-                     Lane::AddInt(CanonicalBits(moment.y), Threshold<kIsSecond>(random.y)));
+OFFLOAD_INLINE Int RoundUpAtRandom(Pair moment, Int threshold_x, Int threshold_y) {
+  return UpperHalves(Lane::AddInt(CanonicalBits(moment.x), threshold_x),
+                     Lane::AddInt(CanonicalBits(moment.y), threshold_y));
 }
 
 // ---- 8-bit moments: code * |code| times the block's scale; int8 for the first moment, uint8 for the second
 
 OFFLOAD_INLINE Int Magnitude(Vec x) { return Lane::And(Lane::Bits(x), Lane::BroadcastInt(0x7fffffffu)); }
 
-OFFLOAD_INLINE Vec WidenCode(Int code, float scale) {
-  const Vec root = Lane::ToFloat(code);
-  return Lane::Mul(Lane::Mul(root, Lane::FromBits(Magnitude(root))), Lane::Broadcast(scale));
-}
-
+// Squares of codes fit into 16 bits.
 template <bool kIsSecond>
-OFFLOAD_INLINE Pair WidenCodes(const void* codes, const float* scales, size_t i) {
-  const Int both = Lane::LoadWide(static_cast<const uint8_t*>(codes) + i);
-  const float scale = scales[i / kStateBlock];
+OFFLOAD_INLINE Pair WidenCodes(const void* codes, size_t i, Vec scale) {
+  Int x, y;
   if constexpr (kIsSecond) {
-    return {WidenCode(Lane::And(both, Lane::BroadcastInt(0xff)), scale), WidenCode(Lane::ShiftRight<8>(both), scale)};
+    const Int code = Lane::LoadBytes(static_cast<const uint8_t*>(codes) + i);
+    const Int square = Lane::MulHalves(code, code);
+    x = Lane::And(square, Lane::BroadcastInt(0xffff));
+    y = Lane::ShiftRight<16>(square);
+  } else {
+    const Int code = Lane::LoadSignedBytes(static_cast<const int8_t*>(codes) + i);
+    const Int square = Lane::MulHalves(code, Lane::AbsHalves(code));
+    x = Lane::ShiftRightSigned<16>(Lane::ShiftLeft<16>(square));
+    y = Lane::ShiftRightSigned<16>(square);
   }
-  return {WidenCode(Lane::ShiftRightSigned<24>(Lane::ShiftLeft<24>(both)), scale),
-          WidenCode(Lane::ShiftRightSigned<24>(Lane::ShiftLeft<16>(both)), scale)};
+  return {Lane::Mul(Lane::ToFloat(x), scale), Lane::Mul(Lane::ToFloat(y), scale)};
 }
 
 // What the values of a block are narrowed with.
 struct Scaling {
-  float scale;  // NaN if any value is NaN or infinite, 0 for a block too small to matter
-  Vec inverse;
-  Int magnitude_mask;  // of no bits where the scale is NaN or 0: all codes are zero then
+  float scale;    // NaN if any value is NaN or infinite, 0 for a block too small to matter
+  float inverse;  // 0 for those: all codes are zero then
 };
 
 // `largest`: the largest magnitudes, as bits.
@@ -167,34 +164,64 @@ template <bool kIsSecond>
 OFFLOAD_INLINE Scaling ChooseScaling(Int largest) {
   constexpr float kSquare = kIsSecond ? 255.0f * 255.0f : 127.0f * 127.0f;  // of the largest code
   const uint32_t bits = Lane::Largest(largest);
-  const bool is_finite = bits < 0x7f800000u;
-  if (!is_finite || BitsToFloat(bits) < 0x1p-96f) {
-    return {is_finite ? 0.0f : BitsToFloat(0x7fc00000u), Lane::Broadcast(0.0f), Lane::BroadcastInt(0)};
-  }
+  if (bits >= 0x7f800000u) return {BitsToFloat(0x7fc00000u), 0.0f};
+  if (BitsToFloat(bits) < 0x1p-96f) return {0.0f, 0.0f};
   const float scale = BitsToFloat(bits) / kSquare;
-  return {scale, Lane::Broadcast(1.0f / scale), Lane::BroadcastInt(0x7fffffffu)};
+  return {scale, 1.0f / scale};
 }
 
-// A value between two codes takes the upper one with the probability that makes its mean exact. Of a second moment only
-// zero is stored as zero: it divides.
-template <bool kIsSecond>
-OFFLOAD_INLINE Int NarrowToCode(Vec x, const Scaling& scaling, Int random) {
-  const Int magnitude = Lane::And(Lane::Bits(x), scaling.magnitude_mask);
-  const Vec square = Lane::Mul(Lane::FromBits(magnitude), scaling.inverse);
-  const Int below = Lane::Truncate(Lane::Sqrt(square));
-  const Vec root = Lane::ToFloat(below);
-  const Vec excess = Lane::Sub(square, Lane::Mul(root, root));
-  const Vec gap = Lane::Fma(root, Lane::Broadcast(0x1p-15f), Lane::Broadcast(0x1p-16f));  // to the next square, * 2^-16
-  const Lane::Mask is_up = Lane::Greater(excess, Lane::Mul(Lane::ToFloat(Threshold<kIsSecond>(random)), gap));
-  const Int code = Lane::MinInt(Lane::AddWhere(is_up, below), Lane::BroadcastInt(kIsSecond ? 255 : 127));
-  if constexpr (kIsSecond) return Lane::MaxInt(code, Lane::MinInt(magnitude, Lane::BroadcastInt(1)));
-  const Int sign = Lane::ShiftRightSigned<31>(Lane::Bits(x));
-  return Lane::And(Lane::SubInt(Lane::Xor(code, sign), sign), Lane::BroadcastInt(0xff));
+// Two pairs of a block's moments are narrowed at a time, in two parts: roots take long, and what waits for them would
+// leave the processor no room to look ahead. So they are begun, other work is done, and only then are they used.
+struct Roots {
+  Vec vectors[4];
+};
+
+OFFLOAD_INLINE Vec Square(const float* magnitudes, size_t k, Vec inverse) {
+  return Lane::Mul(Lane::Load(magnitudes + k * Lane::kWidth), inverse);
 }
 
-template <bool kIsSecond>
-OFFLOAD_INLINE void NarrowToCodes(Pair moment, const Scaling& scaling, RandomPair random, void* codes, size_t i) {
-  const Int x = NarrowToCode<kIsSecond>(moment.x, scaling, random.x);
-  const Int y = NarrowToCode<kIsSecond>(moment.y, scaling, random.y);
-  Lane::StoreNarrow(static_cast<uint8_t*>(codes) + i, Lane::Or(x, Lane::ShiftLeft<8>(y)));
+OFFLOAD_INLINE Roots BeginRoots(const float* magnitudes, Vec inverse) {
+  Roots roots;
+  for (size_t k = 0; k < 4; ++k) roots.vectors[k] = Lane::Sqrt(Square(magnitudes, k, inverse));
+  return roots;
+}
+
+// The lower of the two codes that a value lies between, and how far the value is above it.
+struct Below {
+  Int code;
+  Vec excess;
+  Vec gap;  // to the next square, times 2^-16, the unit of thresholds
+};
+
+OFFLOAD_INLINE Below FindBelow(Vec root, Vec square) {
+  const Int code = Lane::Truncate(root);
+  const Vec whole = Lane::ToFloat(code);
+  return {code, Lane::SubProduct(square, whole, whole),
+          Lane::AddProduct(Lane::Broadcast(0x1p-16f), whole, Lane::Broadcast(0x1p-15f))};
+}
+
+// A value between two codes takes the upper one with the probability that makes its mean exact. Products of thresholds
+// and gaps are exact for first moments.
+OFFLOAD_INLINE void NarrowFirst(const float* magnitudes, const uint32_t* signs, const Roots& roots, Vec inverse,
+                                const Vec (&thresholds)[4], uint8_t* codes) {
+  Int below[4], is_up[4];
+  for (size_t k = 0; k < 4; ++k) {
+    const Below found = FindBelow(roots.vectors[k], Square(magnitudes, k, inverse));
+    below[k] = found.code;
+    is_up[k] = Lane::Bits(Lane::ProductSub(thresholds[k], found.gap, found.excess));
+  }
+  Lane::StoreSignedBytes(codes, below, is_up, Lane::LoadInt(signs), Lane::LoadInt(signs + Lane::kWidth));
+}
+
+// Of a second moment only zero is stored as zero: it divides.
+OFFLOAD_INLINE void NarrowSecond(const float* moments, const Roots& roots, Vec inverse, const float* thresholds,
+                                 uint8_t* codes) {
+  Int bits[4], narrowed[4];
+  for (size_t k = 0; k < 4; ++k) {
+    const Below found = FindBelow(roots.vectors[k], Square(moments, k, inverse));
+    const Vec threshold = Lane::Mul(found.gap, Lane::Load(thresholds + k * Lane::kWidth));
+    narrowed[k] = Lane::AddWhere(Lane::Greater(found.excess, threshold), found.code);
+    bits[k] = Lane::Bits(Lane::Load(moments + k * Lane::kWidth));
+  }
+  Lane::StoreBytes(codes, narrowed, bits);
 }

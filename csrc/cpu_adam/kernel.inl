@@ -28,18 +28,33 @@ OFFLOAD_INLINE void StoreRow(void* row, size_t i, Pair values) {
   Lane::Store(static_cast<float*>(row) + i + Lane::kWidth, values.y);
 }
 
+// Of a block in kInt8.
+struct Scales {
+  Vec first, second;
+};
+
+template <class Rule, StateFormat kState>
+OFFLOAD_INLINE Scales LoadScales(const Buffers& b, size_t begin) {
+  Scales scales{Lane::Broadcast(0.0f), Lane::Broadcast(0.0f)};
+  if constexpr (kState == StateFormat::kInt8) {
+    if constexpr (Rule::kHasFirst) scales.first = Lane::Broadcast(b.first_scale[begin / kStateBlock]);
+    if constexpr (Rule::kHasSecond) scales.second = Lane::Broadcast(b.second_scale[begin / kStateBlock]);
+  }
+  return scales;
+}
+
 template <StateFormat kState, bool kIsSecond>
-OFFLOAD_INLINE Pair LoadMoment(const void* moment, const float* scales, size_t i) {
-  if constexpr (kState == StateFormat::kInt8) return WidenCodes<kIsSecond>(moment, scales, i);
+OFFLOAD_INLINE Pair LoadMoment(const void* moment, size_t i, Vec scale) {
+  if constexpr (kState == StateFormat::kInt8) return WidenCodes<kIsSecond>(moment, i, scale);
   return LoadRow<kState>(moment, kState == StateFormat::kBFloat16 ? Format::kBFloat16 : Format::kFloat32, i);
 }
 
 template <class Rule, StateFormat kState>
-OFFLOAD_INLINE Elements Read(const Buffers& b, size_t i) {
+OFFLOAD_INLINE Elements Read(const Buffers& b, size_t i, const Scales& scales) {
   const Vec zero = Lane::Broadcast(0.0f);
   Elements e{{zero, zero}, {zero, zero}, {zero, zero}, {zero, zero}};
-  if constexpr (Rule::kHasFirst) e.first = LoadMoment<kState, false>(b.first, b.first_scale, i);
-  if constexpr (Rule::kHasSecond) e.second = LoadMoment<kState, true>(b.second, b.second_scale, i);
+  if constexpr (Rule::kHasFirst) e.first = LoadMoment<kState, false>(b.first, i, scales.first);
+  if constexpr (Rule::kHasSecond) e.second = LoadMoment<kState, true>(b.second, i, scales.second);
   if constexpr (Rule::kHasMaxSecond) e.max_second = LoadRow<kState>(b.max_second, Format::kFloat32, i);
   if constexpr (kState == StateFormat::kFloat32) {
     e.param = LoadRow<kState>(b.master, Format::kFloat32, i);
@@ -56,8 +71,8 @@ OFFLOAD_INLINE Elements Read(const Buffers& b, size_t i) {
 }
 
 template <class Rule, StateFormat kState>
-OFFLOAD_INLINE Elements ReadAndStep(const Buffers& b, size_t i, const Rule& rule) {
-  Elements e = Read<Rule, kState>(b, i);
+OFFLOAD_INLINE Elements ReadAndStep(const Buffers& b, size_t i, const Scales& scales, const Rule& rule) {
+  Elements e = Read<Rule, kState>(b, i, scales);
   const Pair grad = LoadRow<kState>(b.grad, b.grad_format, i);
   rule.Step(e.param.x, e.first.x, e.second.x, e.max_second.x, grad.x);
   rule.Step(e.param.y, e.first.y, e.second.y, e.max_second.y, grad.y);
@@ -66,13 +81,13 @@ OFFLOAD_INLINE Elements ReadAndStep(const Buffers& b, size_t i, const Rule& rule
 
 // Parameter and master. Returns the ties among them, in memory's order: they go to the second moment's sign.
 template <StateFormat kState>
-OFFLOAD_INLINE Int WriteParam(const Buffers& b, size_t i, const Elements& e, bool streaming) {
+OFFLOAD_INLINE Int WriteParam(const Buffers& b, size_t i, Pair param, bool streaming) {
   if constexpr (kState == StateFormat::kFloat32) {
-    StoreRow<kState>(b.master, i, e.param);
-    StoreFloats(b.param, b.param_format, i, e.param.x, e.param.y, streaming);
+    StoreRow<kState>(b.master, i, param);
+    StoreFloats(b.param, b.param_format, i, param.x, param.y, streaming);
     return Lane::BroadcastInt(0);
   }
-  const Halves halves = SplitMaster(e.param);
+  const Halves halves = SplitMaster(param);
   Lane::StoreHalves(static_cast<uint16_t*>(b.param) + i, halves.param);
   Lane::StoreHalves(static_cast<uint16_t*>(b.master) + i, halves.remainder);
   return halves.ties;
@@ -88,13 +103,16 @@ OFFLOAD_INLINE Pair MarkTies(Pair second, Int ties) {
 template <class Rule, StateFormat kState>
 OFFLOAD_INLINE void WriteMoments(const Buffers& b, size_t i, const Elements& e, Int ties) {
   if constexpr (kState == StateFormat::kBFloat16) {
-    const RandomPair random = RandomBits(b.rounding, i);
+    const Int even = EvenNumbers(b.rounding, i);
+    const Thresholds x = RandomThresholds(b.rounding, even);
+    const Thresholds y = RandomThresholds(b.rounding, Lane::AddInt(even, Lane::BroadcastInt(1)));
     if constexpr (Rule::kHasFirst) {
-      Lane::StoreHalves(static_cast<uint16_t*>(b.first) + i, RoundUpAtRandom<false>(e.first, random));
+      Lane::StoreHalves(static_cast<uint16_t*>(b.first) + i, RoundUpAtRandom(e.first, x.first, y.first));
     }
     if constexpr (Rule::kHasSecond) {
       const Int sign = Lane::And(ties, Lane::BroadcastInt(0x80008000u));
-      Lane::StoreHalves(static_cast<uint16_t*>(b.second) + i, Lane::Or(RoundUpAtRandom<true>(e.second, random), sign));
+      const Int second = RoundUpAtRandom(e.second, x.second, y.second);
+      Lane::StoreHalves(static_cast<uint16_t*>(b.second) + i, Lane::Or(second, sign));
     }
     return;
   }
@@ -106,63 +124,114 @@ OFFLOAD_INLINE void WriteMoments(const Buffers& b, size_t i, const Elements& e, 
   if constexpr (Rule::kHasMaxSecond) StoreRow<kState>(b.max_second, i, e.max_second);
 }
 
-// The moments of a block in fp32, until its scales are known.
-struct Moments {
-  alignas(64) float first[kStateBlock];
+// A block of kInt8 between its step and its codes, which need the largest magnitudes of the whole block first.
+struct Staged {
+  alignas(64) float param[kStateBlock];
+  alignas(64) float first[kStateBlock];  // magnitudes
+  alignas(64) uint32_t first_signs[kStateBlock / 2];
   alignas(64) float second[kStateBlock];
-  Int largest_first, largest_second;
-
-  // Written out: a constructor that the compiler makes is made outside the target region.
-  OFFLOAD_INLINE Moments() : largest_first(Lane::BroadcastInt(0)), largest_second(Lane::BroadcastInt(0)) {}
-
-  OFFLOAD_INLINE void Put(size_t k, const Elements& e) {
-    StoreRow<StateFormat::kFloat32>(first, k, e.first);
-    StoreRow<StateFormat::kFloat32>(second, k, e.second);
-    largest_first = Lane::MaxInt(largest_first, Lane::MaxInt(Magnitude(e.first.x), Magnitude(e.first.y)));
-    largest_second = Lane::MaxInt(largest_second, Lane::MaxInt(Magnitude(e.second.x), Magnitude(e.second.y)));
-  }
-
-  template <class Rule>
-  OFFLOAD_INLINE void Write(const Buffers& b, size_t begin) const {
-    const Scaling of_first = ChooseScaling<false>(largest_first), of_second = ChooseScaling<true>(largest_second);
-    if constexpr (Rule::kHasFirst) b.first_scale[begin / kStateBlock] = of_first.scale;
-    if constexpr (Rule::kHasSecond) b.second_scale[begin / kStateBlock] = of_second.scale;
-    for (size_t k = 0; k < kStateBlock; k += 2 * Lane::kWidth) {
-      const RandomPair random = RandomBits(b.rounding, begin + k);
-      const Pair first_pair = LoadRow<StateFormat::kFloat32>(first, Format::kFloat32, k);
-      const Pair second_pair = LoadRow<StateFormat::kFloat32>(second, Format::kFloat32, k);
-      if constexpr (Rule::kHasFirst) NarrowToCodes<false>(first_pair, of_first, random, b.first, begin + k);
-      if constexpr (Rule::kHasSecond) NarrowToCodes<true>(second_pair, of_second, random, b.second, begin + k);
-    }
-  }
+  alignas(64) float second_thresholds[kStateBlock];
 };
 
-// A pair of the block that begins at `begin`; in int8 the moments are only put by.
-template <class Rule, StateFormat kState>
-OFFLOAD_INLINE void Write(const Buffers& b, size_t i, const Elements& e, bool streaming, size_t begin,
-                          Moments& moments) {
-  const Int ties = WriteParam<kState>(b, i, e, streaming);
-  if constexpr (kState == StateFormat::kInt8) {
-    moments.Put(i - begin, e);
-  } else {
-    WriteMoments<Rule, kState>(b, i, e, ties);
+// As bits.
+struct Largest {
+  Int first, second;
+};
+
+template <class Rule>
+OFFLOAD_INLINE Largest StepBlock(const Buffers& b, size_t begin, const Rule& rule, Staged& staged) {
+  const Scales scales = LoadScales<Rule, StateFormat::kInt8>(b, begin);
+  Largest largest{Lane::BroadcastInt(0), Lane::BroadcastInt(0)};
+  for (size_t k = 0; k < kStateBlock; k += 2 * Lane::kWidth) {
+    const Elements e = ReadAndStep<Rule, StateFormat::kInt8>(b, begin + k, scales, rule);
+    const Int x = Magnitude(e.first.x), y = Magnitude(e.first.y);
+    StoreRow<StateFormat::kFloat32>(staged.param, k, e.param);
+    StoreRow<StateFormat::kFloat32>(staged.first, k, {Lane::FromBits(x), Lane::FromBits(y)});
+    Lane::StoreInt(staged.first_signs + k / 2, Lane::PackHalves(Lane::Bits(e.first.x), Lane::Bits(e.first.y)));
+    StoreRow<StateFormat::kFloat32>(staged.second, k, e.second);
+    largest.first = Lane::MaxInt(largest.first, Lane::MaxInt(x, y));
+    largest.second = Lane::MaxInt(largest.second, Lane::MaxInt(Lane::Bits(e.second.x), Lane::Bits(e.second.y)));
   }
+  return largest;
+}
+
+constexpr size_t kTwoPairs = 4 * Lane::kWidth;
+
+// Codes of the first moment, and thresholds for those of the second.
+template <class Rule>
+OFFLOAD_INLINE void WriteFirst(const Buffers& b, size_t begin, Staged& staged, const Scaling& scaling) {
+  const Vec inverse = Lane::Broadcast(scaling.inverse);
+  uint8_t* const codes = static_cast<uint8_t*>(b.first) + begin;
+  Int number = EvenNumbers(b.rounding, begin);
+  for (size_t i = 0; i < kStateBlock; i += kTwoPairs) {
+    const Roots roots = BeginRoots(staged.first + i, inverse);
+    Vec thresholds[4];
+    for (size_t k = 0; k < 4; ++k) {
+      const Thresholds both = RandomThresholds(b.rounding, number);
+      number = Lane::AddInt(number, Lane::BroadcastInt(k % 2 == 0 ? 1 : 2 * Lane::kWidth - 1));
+      thresholds[k] = Lane::ToFloat(both.first);
+      Lane::Store(staged.second_thresholds + i + k * Lane::kWidth, Lane::ToFloat(both.second));
+    }
+    if constexpr (Rule::kHasFirst) {
+      NarrowFirst(staged.first + i, staged.first_signs + i / 2, roots, inverse, thresholds, codes + i);
+    }
+  }
+  if constexpr (Rule::kHasFirst) {
+    b.first_scale[begin / kStateBlock] = scaling.scale;
+    if (scaling.inverse == 0.0f) std::memset(codes, 0, kStateBlock);
+  }
+}
+
+// Parameters, and codes of the second moment.
+template <class Rule>
+OFFLOAD_INLINE void WriteSecond(const Buffers& b, size_t begin, const Staged& staged, const Scaling& scaling) {
+  const Vec inverse = Lane::Broadcast(scaling.inverse);
+  uint8_t* const codes = static_cast<uint8_t*>(b.second) + begin;
+  for (size_t i = 0; i < kStateBlock; i += kTwoPairs) {
+    const Roots roots = BeginRoots(staged.second + i, inverse);
+    for (size_t k = i; k < i + kTwoPairs; k += 2 * Lane::kWidth) {
+      WriteParam<StateFormat::kInt8>(b, begin + k, LoadRow<StateFormat::kFloat32>(staged.param, Format::kFloat32, k),
+                                     false);
+    }
+    if constexpr (Rule::kHasSecond) {
+      NarrowSecond(staged.second + i, roots, inverse, staged.second_thresholds + i, codes + i);
+    }
+  }
+  if constexpr (Rule::kHasSecond) {
+    b.second_scale[begin / kStateBlock] = scaling.scale;
+    if (scaling.inverse == 0.0f) std::memset(codes, 0, kStateBlock);
+  }
+}
+
+// A pair of elements, but for kInt8.
+template <class Rule, StateFormat kState>
+OFFLOAD_INLINE void Write(const Buffers& b, size_t i, const Elements& e, bool streaming) {
+  const Int ties = WriteParam<kState>(b, i, e.param, streaming);
+  WriteMoments<Rule, kState>(b, i, e, ties);
 }
 
 // A pair is written while the next one is computed: roots and divisions take long, and what waits for them would leave
 // the processor no room to look further ahead for other work.
 template <class Rule, StateFormat kState>
 OFFLOAD_INLINE void UpdateBlock(const Buffers& b, size_t begin, const Rule& rule, bool streaming) {
+  if constexpr (kState == StateFormat::kInt8) {
+    Staged staged;
+    const Largest largest = StepBlock(b, begin, rule, staged);
+    // Both now: their divisions take long as well.
+    const Scaling of_first = ChooseScaling<false>(largest.first), of_second = ChooseScaling<true>(largest.second);
+    WriteFirst<Rule>(b, begin, staged, of_first);
+    WriteSecond<Rule>(b, begin, staged, of_second);
+    return;
+  }
   constexpr size_t kPair = 2 * Lane::kWidth;
-  Moments moments;
-  Elements e = ReadAndStep<Rule, kState>(b, begin, rule);
+  const Scales scales = LoadScales<Rule, kState>(b, begin);
+  Elements e = ReadAndStep<Rule, kState>(b, begin, scales, rule);
   for (size_t i = begin + kPair; i < begin + kStateBlock; i += kPair) {
-    const Elements next = ReadAndStep<Rule, kState>(b, i, rule);
-    Write<Rule, kState>(b, i - kPair, e, streaming, begin, moments);
+    const Elements next = ReadAndStep<Rule, kState>(b, i, scales, rule);
+    Write<Rule, kState>(b, i - kPair, e, streaming);
     e = next;
   }
-  Write<Rule, kState>(b, begin + kStateBlock - kPair, e, streaming, begin, moments);
-  if constexpr (kState == StateFormat::kInt8) moments.template Write<Rule>(b, begin);
+  Write<Rule, kState>(b, begin + kStateBlock - kPair, e, streaming);
 }
 
 // Only a parameter copy beside a master is written with streaming stores: all else is read first, and a line that is

@@ -15,6 +15,9 @@ struct Lane {
   static OFFLOAD_INLINE Vec Div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
   static OFFLOAD_INLINE Vec Sqrt(Vec a) { return _mm512_sqrt_ps(a); }
   static OFFLOAD_INLINE Vec Fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+  static OFFLOAD_INLINE Vec SubProduct(Vec a, Vec b, Vec c) { return _mm512_fnmadd_ps(b, c, a); }
+  static OFFLOAD_INLINE Vec AddProduct(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(b, c, a); }
+  static OFFLOAD_INLINE Vec ProductSub(Vec a, Vec b, Vec c) { return _mm512_fmsub_ps(a, b, c); }
   static OFFLOAD_INLINE Vec Max(Vec a, Vec b) {  // a + b is NaN in the unordered lanes
     return _mm512_mask_add_ps(_mm512_max_ps(a, b), _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q), a, b);
   }
@@ -29,6 +32,7 @@ struct Lane {
   static OFFLOAD_INLINE Int CountEven(uint32_t first) {
     return AddInt(BroadcastInt(first), _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30));
   }
+  static OFFLOAD_INLINE Int LoadInt(const uint32_t* a) { return _mm512_loadu_si512(a); }
   static OFFLOAD_INLINE void StoreInt(uint32_t* a, Int x) { _mm512_storeu_si512(a, x); }
   static OFFLOAD_INLINE Int AddInt(Int a, Int b) { return _mm512_add_epi32(a, b); }
   static OFFLOAD_INLINE Int SubInt(Int a, Int b) { return _mm512_sub_epi32(a, b); }
@@ -48,21 +52,19 @@ struct Lane {
   static OFFLOAD_INLINE Int ShiftRightSigned(Int x) {
     return _mm512_srai_epi32(x, kBits);
   }
-  static OFFLOAD_INLINE Int MaxInt(Int a, Int b) { return _mm512_max_epi32(a, b); }
-  static OFFLOAD_INLINE Int MinInt(Int a, Int b) { return _mm512_min_epi32(a, b); }
-  static OFFLOAD_INLINE uint32_t Largest(Int x) {
-    alignas(64) uint32_t lanes[kWidth];
-    StoreInt(lanes, x);
-    return *std::max_element(lanes, lanes + kWidth);
-  }
+  static OFFLOAD_INLINE Int MaxInt(Int a, Int b) { return _mm512_max_epu32(a, b); }
+  static OFFLOAD_INLINE uint32_t Largest(Int x) { return _mm512_reduce_max_epu32(x); }
 
   static OFFLOAD_INLINE Int LoadHalves(const uint16_t* a) { return _mm512_loadu_si512(a); }
   static OFFLOAD_INLINE void StoreHalves(uint16_t* a, Int x) { _mm512_storeu_si512(a, x); }
   static OFFLOAD_INLINE Int Blend(Int lower, Int upper) { return _mm512_mask_mov_epi16(lower, 0xAAAAAAAA, upper); }
   static OFFLOAD_INLINE Int AddHalves(Int a, Int b) { return _mm512_add_epi16(a, b); }
   static OFFLOAD_INLINE Int SubHalves(Int a, Int b) { return _mm512_sub_epi16(a, b); }
-  static OFFLOAD_INLINE Int EqualHalves(Int a, Int b) { return _mm512_movm_epi16(_mm512_cmpeq_epi16_mask(a, b)); }
+  static OFFLOAD_INLINE Int SubHalvesToZero(Int a, Int b) { return _mm512_subs_epu16(a, b); }
+  static OFFLOAD_INLINE Int MinHalves(Int a, Int b) { return _mm512_min_epu16(a, b); }
   static OFFLOAD_INLINE Int SpreadSignHalves(Int x) { return _mm512_srai_epi16(x, 15); }
+  static OFFLOAD_INLINE Int MulHalves(Int a, Int b) { return _mm512_mullo_epi16(a, b); }
+  static OFFLOAD_INLINE Int AbsHalves(Int x) { return _mm512_abs_epi16(x); }
   static OFFLOAD_INLINE Int AndNot(Int a, Int b) { return _mm512_andnot_si512(a, b); }
 
   static OFFLOAD_INLINE Mask IsNan(Vec x) { return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q); }
@@ -73,8 +75,21 @@ struct Lane {
   static OFFLOAD_INLINE Int Truncate(Vec x) { return _mm512_cvttps_epi32(x); }
   static OFFLOAD_INLINE Vec ToFloat(Int x) { return _mm512_cvtepi32_ps(x); }
   static OFFLOAD_INLINE Int LoadWide(const void* a) { return _mm512_cvtepu16_epi32(Load32Bytes(a)); }
-  static OFFLOAD_INLINE void StoreNarrow(void* a, Int x) {
-    _mm256_storeu_si256(static_cast<__m256i*>(a), _mm512_cvtepi32_epi16(x));
+  static OFFLOAD_INLINE Int LoadBytes(const uint8_t* a) { return _mm512_cvtepu8_epi16(Load32Bytes(a)); }
+  static OFFLOAD_INLINE Int LoadSignedBytes(const int8_t* a) { return _mm512_cvtepi8_epi16(Load32Bytes(a)); }
+  // Saturation keeps signs, and what is zero.
+  static OFFLOAD_INLINE Int PackHalves(Int x, Int y) { return _mm512_packs_epi32(x, y); }
+  static OFFLOAD_INLINE void StoreBytes(uint8_t* a, const Int (&x)[4], const Int (&nonzero)[4]) {
+    const Int bytes = _mm512_packus_epi16(PackHalves(x[0], x[1]), PackHalves(x[2], x[3]));
+    const __mmask64 is_nonzero = _mm512_test_epi8_mask(PackBytes(nonzero), PackBytes(nonzero));
+    StoreInterleaved(a, _mm512_mask_max_epu8(bytes, is_nonzero, bytes, _mm512_set1_epi8(1)));
+  }
+  static OFFLOAD_INLINE void StoreSignedBytes(uint8_t* a, const Int (&x)[4], const Int (&up)[4], Int sign01,
+                                              Int sign23) {
+    const Int below = PackBytes(x);
+    const Int bytes = _mm512_mask_adds_epi8(below, _mm512_movepi8_mask(PackBytes(up)), below, _mm512_set1_epi8(1));
+    const __mmask64 is_negative = _mm512_movepi8_mask(_mm512_packs_epi16(sign01, sign23));
+    StoreInterleaved(a, _mm512_mask_sub_epi8(bytes, is_negative, _mm512_setzero_si512(), bytes));
   }
   static OFFLOAD_INLINE Vec LoadFloat16(const uint16_t* a) { return _mm512_cvtph_ps(Load32Bytes(a)); }
   static OFFLOAD_INLINE Int ToFloat16(Vec x) {
@@ -105,6 +120,15 @@ struct Lane {
   static OFFLOAD_INLINE void FinishStreaming() { _mm_sfence(); }
 
  private:
+  static OFFLOAD_INLINE Int PackBytes(const Int (&x)[4]) {
+    return _mm512_packs_epi16(PackHalves(x[0], x[1]), PackHalves(x[2], x[3]));
+  }
+  // Packing leaves four bytes of each vector after another in each quarter.
+  static OFFLOAD_INLINE void StoreInterleaved(uint8_t* a, Int packed) {
+    const __m128i order = _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
+    const Int pairs = _mm512_shuffle_epi8(packed, _mm512_broadcast_i32x4(order));
+    _mm512_storeu_si512(a, _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), pairs));
+  }
   static OFFLOAD_INLINE __m256i Load32Bytes(const void* a) {
     return _mm256_loadu_si256(static_cast<const __m256i*>(a));
   }

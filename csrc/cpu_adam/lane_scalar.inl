@@ -16,6 +16,10 @@ struct Lane {
   static OFFLOAD_INLINE Vec Div(Vec a, Vec b) { return a / b; }
   static OFFLOAD_INLINE Vec Sqrt(Vec a) { return __builtin_sqrtf(a); }
   static OFFLOAD_INLINE Vec Fma(Vec a, Vec b, Vec c) { return __builtin_fmaf(a, b, c); }
+  // Of products that are exact, so that it does not matter whether they are rounded.
+  static OFFLOAD_INLINE Vec SubProduct(Vec a, Vec b, Vec c) { return a - b * c; }
+  static OFFLOAD_INLINE Vec AddProduct(Vec a, Vec b, Vec c) { return a + b * c; }
+  static OFFLOAD_INLINE Vec ProductSub(Vec a, Vec b, Vec c) { return a * b - c; }
   static OFFLOAD_INLINE Vec Max(Vec a, Vec b) { return (a != a || b != b) ? a + b : (a > b ? a : b); }
   static OFFLOAD_INLINE Vec Sign(Vec x) { return x > 0.0f ? 1.0f : (x < 0.0f ? -1.0f : x); }  // zero and NaN: as is
 
@@ -23,6 +27,8 @@ struct Lane {
   static OFFLOAD_INLINE Int Bits(Vec x) { return FloatToBits(x); }
   static OFFLOAD_INLINE Vec FromBits(Int x) { return BitsToFloat(x); }
   static OFFLOAD_INLINE Int BroadcastInt(uint32_t x) { return x; }
+  static OFFLOAD_INLINE Int LoadInt(const uint32_t* a) { return *a; }
+  static OFFLOAD_INLINE void StoreInt(uint32_t* a, Int x) { *a = x; }
   static OFFLOAD_INLINE Int CountEven(uint32_t first) { return first; }  // first, first + 2, ...
   static OFFLOAD_INLINE Int AddInt(Int a, Int b) { return a + b; }
   static OFFLOAD_INLINE Int SubInt(Int a, Int b) { return a - b; }
@@ -42,10 +48,8 @@ struct Lane {
   static OFFLOAD_INLINE Int ShiftRightSigned(Int x) {
     return static_cast<Int>(static_cast<int32_t>(x) >> kBits);
   }
-  // Of values below 2^31.
-  static OFFLOAD_INLINE Int MaxInt(Int a, Int b) { return a > b ? a : b; }
-  static OFFLOAD_INLINE Int MinInt(Int a, Int b) { return a < b ? a : b; }
-  static OFFLOAD_INLINE uint32_t Largest(Int x) { return x; }  // of the lanes
+  static OFFLOAD_INLINE Int MaxInt(Int a, Int b) { return std::max(a, b); }  // unsigned
+  static OFFLOAD_INLINE uint32_t Largest(Int x) { return x; }                // of the lanes
 
   // ---- two 16-bit values in each lane, modulo 2^16: 2 * kWidth neighbours in memory
   static OFFLOAD_INLINE Int LoadHalves(const uint16_t* a) { return a[0] | uint32_t{a[1]} << 16; }
@@ -57,11 +61,17 @@ struct Lane {
   static OFFLOAD_INLINE Int Blend(Int lower, Int upper) { return (lower & 0xffffu) | (upper & 0xffff0000u); }
   static OFFLOAD_INLINE Int AddHalves(Int a, Int b) { return Blend(a + b, (a & 0xffff0000u) + (b & 0xffff0000u)); }
   static OFFLOAD_INLINE Int SubHalves(Int a, Int b) { return Blend(a - b, (a & 0xffff0000u) - (b & 0xffff0000u)); }
-  static OFFLOAD_INLINE Int EqualHalves(Int a, Int b) {  // all ones or zeros
-    return Blend(((a ^ b) & 0xffffu) == 0 ? 0xffffu : 0, ((a ^ b) & 0xffff0000u) == 0 ? 0xffff0000u : 0);
+  static OFFLOAD_INLINE Int MinHalves(Int a, Int b) {  // unsigned
+    return Blend(std::min(a & 0xffffu, b & 0xffffu), std::min(a & 0xffff0000u, b & 0xffff0000u));
   }
+  static OFFLOAD_INLINE Int SubHalvesToZero(Int a, Int b) { return SubHalves(a, MinHalves(a, b)); }  // not below it
   static OFFLOAD_INLINE Int SpreadSignHalves(Int x) {
     return Blend((x & 0x8000u) != 0 ? 0xffffu : 0, ShiftRightSigned<31>(x));
+  }
+  static OFFLOAD_INLINE Int MulHalves(Int a, Int b) { return Blend(a * b, ((a >> 16) * (b >> 16)) << 16); }
+  static OFFLOAD_INLINE Int AbsHalves(Int x) {
+    const Int sign = SpreadSignHalves(x);
+    return SubHalves(x ^ sign, sign);
   }
   static OFFLOAD_INLINE Int AndNot(Int a, Int b) { return ~a & b; }
 
@@ -72,16 +82,34 @@ struct Lane {
   static OFFLOAD_INLINE Int AddWhere(Mask mask, Int x) { return x + (mask ? 1 : 0); }
 
   // ---- conversions
-  static OFFLOAD_INLINE Int Truncate(Vec x) { return static_cast<Int>(static_cast<int32_t>(x)); }
+  static OFFLOAD_INLINE Int Truncate(Vec x) { return x == x ? static_cast<Int>(static_cast<int32_t>(x)) : 0x80000000u; }
   static OFFLOAD_INLINE Vec ToFloat(Int x) { return static_cast<float>(static_cast<int32_t>(x)); }
   static OFFLOAD_INLINE Int LoadWide(const void* a) {  // 16 bits a lane
     uint16_t wide;
     std::memcpy(&wide, a, sizeof(wide));
     return wide;
   }
-  static OFFLOAD_INLINE void StoreNarrow(void* a, Int x) {  // the lower 16 bits; those above are zero
-    const uint16_t narrow = static_cast<uint16_t>(x);
-    std::memcpy(a, &narrow, sizeof(narrow));
+  // ---- bytes, 2 * kWidth neighbours in memory widened to halves
+  static OFFLOAD_INLINE Int LoadBytes(const uint8_t* a) { return a[0] | Int{a[1]} << 16; }
+  static OFFLOAD_INLINE Int LoadSignedBytes(const int8_t* a) {
+    return Blend(static_cast<Int>(a[0]), static_cast<Int>(a[1]) << 16);
+  }
+  // 4 * kWidth bytes, of two pairs of vectors. Of 0 to 256: at most 255, and at least 1 where `nonzero`, which is below
+  // 2^31, is not zero.
+  static OFFLOAD_INLINE void StoreBytes(uint8_t* a, const Int (&x)[4], const Int (&nonzero)[4]) {
+    for (int k = 0; k < 4; ++k) a[k] = static_cast<uint8_t>(x[k] > 255 ? 255 : x[k] == 0 && nonzero[k] != 0 ? 1 : x[k]);
+  }
+  // What StoreSignedBytes takes the signs of x and y from.
+  static OFFLOAD_INLINE Int PackHalves(Int x, Int y) { return Blend(x >> 16, y); }
+  // Of 0 to 127, one more where `up` has its sign bit set, at most 127, with the sign of the value in PackHalves; zero
+  // where that is zero.
+  static OFFLOAD_INLINE void StoreSignedBytes(uint8_t* a, const Int (&x)[4], const Int (&up)[4], Int sign01,
+                                              Int sign23) {
+    const Int is_negative[] = {sign01 >> 15 & 1, sign01 >> 31, sign23 >> 15 & 1, sign23 >> 31};
+    for (int k = 0; k < 4; ++k) {
+      const Int magnitude = std::min(x[k] + (up[k] >> 31), 127u);
+      a[k] = static_cast<uint8_t>(is_negative[k] ? -magnitude : magnitude);
+    }
   }
   static OFFLOAD_INLINE Vec LoadFloat16(const uint16_t* a) { return Float16ToFloat(*a); }
   static OFFLOAD_INLINE Int ToFloat16(Vec x) { return FloatToFloat16(x); }

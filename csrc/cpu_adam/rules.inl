@@ -26,14 +26,14 @@ class AdamRule {
         sqrt_bias_correction2(Lane::Broadcast(s.sqrt_bias_correction2)),
         eps(Lane::Broadcast(s.eps)),
         neg_step_size(Lane::Broadcast(s.neg_step_size)),
-        has_l2(s.l2_decay != 0.0f),
+        has_l2((FloatToBits(s.l2_decay) << 1) != 0),
         lerp_from_grad(s.lerp_from_grad != 0) {}
 
   OFFLOAD_INLINE void Step(Vec& param, Vec& exp_avg, Vec& exp_avg_sq, Vec& max_exp_avg_sq, Vec grad) const {
     grad = Lane::Mul(grad, grad_multiplier);
-    if (has_l2) grad = Lane::Fma(param, l2_decay, grad);
+    if (OFFLOAD_UNLIKELY(has_l2)) grad = Lane::Fma(param, l2_decay, grad);
     param = Lane::Mul(param, param_decay);
-    exp_avg = Lane::Fma(lerp_weight, Lane::Sub(grad, exp_avg), lerp_from_grad ? grad : exp_avg);
+    exp_avg = Lane::Fma(lerp_weight, Lane::Sub(grad, exp_avg), OFFLOAD_UNLIKELY(lerp_from_grad) ? grad : exp_avg);
     exp_avg_sq = Lane::Fma(Lane::Mul(one_minus_beta2, grad), grad, Lane::Mul(exp_avg_sq, beta2));
     Vec second_moment = exp_avg_sq;
     if constexpr (kAmsgrad) second_moment = max_exp_avg_sq = Lane::Max(max_exp_avg_sq, exp_avg_sq);
@@ -86,11 +86,11 @@ class Adagrad {
         l2_decay(Lane::Broadcast(s.l2_decay)),
         eps(Lane::Broadcast(s.eps)),
         neg_step_size(Lane::Broadcast(s.neg_step_size)),
-        has_l2(s.l2_decay != 0.0f) {}
+        has_l2((FloatToBits(s.l2_decay) << 1) != 0) {}
 
   OFFLOAD_INLINE void Step(Vec& param, Vec&, Vec& sum, Vec&, Vec grad) const {
     grad = Lane::Mul(grad, grad_multiplier);
-    if (has_l2) grad = Lane::Fma(param, l2_decay, grad);
+    if (OFFLOAD_UNLIKELY(has_l2)) grad = Lane::Fma(param, l2_decay, grad);
     sum = Lane::Fma(grad, grad, sum);
     param = Lane::Add(param, Lane::Div(Lane::Mul(neg_step_size, grad), Lane::Add(Lane::Sqrt(sum), eps)));
   }
@@ -114,13 +114,13 @@ class SgdRule {
         momentum(Lane::Broadcast(s.momentum)),
         one_minus_dampening(Lane::Broadcast(s.one_minus_dampening)),
         neg_lr(Lane::Broadcast(s.neg_lr)),
-        has_l2(s.l2_decay != 0.0f),
+        has_l2((FloatToBits(s.l2_decay) << 1) != 0),
         is_first(s.is_first != 0),
         nesterov(s.nesterov != 0) {}
 
   OFFLOAD_INLINE void Step(Vec& param, Vec& buffer, Vec&, Vec&, Vec grad) const {
     grad = Lane::Mul(grad, grad_multiplier);
-    if (has_l2) grad = Lane::Fma(param, l2_decay, grad);
+    if (OFFLOAD_UNLIKELY(has_l2)) grad = Lane::Fma(param, l2_decay, grad);
     if constexpr (kMomentum) {
       buffer = is_first ? grad : Lane::Fma(one_minus_dampening, grad, Lane::Mul(buffer, momentum));
       grad = nesterov ? Lane::Fma(buffer, momentum, grad) : buffer;

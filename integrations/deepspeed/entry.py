@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import deepspeed
+import torch
+from deepspeed.runtime.zero.utils import ZeRORuntimeException
 
 from . import seams
 from .config import BLOCK, ConfigError, Settings, split_config
@@ -33,6 +35,7 @@ def initialize(*args: Any, **kwargs: Any) -> Any:
 
     Raises:
         ConfigError: for keys that are unknown or in conflict, naming what to change.
+        ZeRORuntimeException: as from DeepSpeed, for another optimizer where DeepSpeedCPUAdam is asked for.
         SeamError: if this version of DeepSpeed does not have what the plugin needs.
         BudgetError: if a budget does not hold what is asked for.
     """
@@ -41,6 +44,7 @@ def initialize(*args: Any, **kwargs: Any) -> Any:
     split = None if config is None else split_config(config)
     if split is None or split.settings is None:
         return _stock_initialize(*args, **kwargs)
+    _check_forced(split.deepspeed, bound.arguments.get("optimizer"))
     zero = split.deepspeed["zero_optimization"]
     seams.check(seams.STAGE3_SEAMS if zero["stage"] == 3 else seams.STAGE12_SEAMS)
     with _in_the_place_of(bound.arguments, split.deepspeed), seams.zero_classes(*_classes(split.settings, zero)):
@@ -53,6 +57,17 @@ def _find_config(arguments: Mapping[str, Any]) -> Any:
         if arguments.get(name) is not None:
             return arguments[name]
     return getattr(arguments.get("args"), "deepspeed_config", None)
+
+
+def _check_forced(config: Mapping[str, Any], optimizer: object) -> None:
+    """Left out, the key asks for nothing here, where no optimizer is slower than another."""
+    forced = config.get("zero_force_ds_cpu_optimizer", False)
+    if forced and isinstance(optimizer, torch.optim.Optimizer) and type(optimizer).__name__ != "DeepSpeedCPUAdam":
+        raise ZeRORuntimeException(
+            f"zero_force_ds_cpu_optimizer={forced} asks for DeepSpeedCPUAdam and the optimizer is "
+            f"{type(optimizer).__name__}; leave the key out, give DeepSpeedCPUAdam, or name Adam or AdamW in the "
+            f"configuration"
+        )
 
 
 @contextlib.contextmanager

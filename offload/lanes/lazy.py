@@ -87,11 +87,13 @@ class LazyWorld:
                 raise RuntimeError("deadlock: no lane can go on; an event is waited for that no submitted work reaches")
 
     def _run_one(self) -> bool:
+        if self._favoured is not None and self._favoured.runnable:
+            self._favoured.run_one()
+            return True
         runnable = [lane for lane in self._lanes.values() if lane.runnable]
         if not runnable:
             return False
-        favoured = self._favoured is not None and self._favoured.runnable
-        (self._favoured if favoured and self._favoured else self._random.choice(runnable)).run_one()
+        self._random.choice(runnable).run_one()
         return True
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import logging
 from collections.abc import Iterator
 from types import ModuleType
@@ -15,6 +17,9 @@ def _deepspeed_on_sim(sim_device: ModuleType) -> None:
     from offload.integrations.deepspeed.emulated import use_emulated_device
 
     use_emulated_device()
+    importlib.import_module("torch._inductor.compile_fx")  # as the first engine would
+    gc.collect()
+    gc.freeze()  # every engine asks for full collections: see pytest_collection_finish
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +94,14 @@ def _close_pool(test: Any, pool: Any, num_procs: int, force: bool = False) -> No
     try:
         pool.starmap_async(test._dist_destroy, [()] * num_procs).get(SECONDS_TO_END)
         pool.close()
+        pool.join()
     except Exception:  # noqa: BLE001  # whatever it was: the ranks wait for one that failed
-        pool.terminate()
-    pool.join()
+        ranks = list(pool._pool)
+        ending = threading.Thread(target=pool.terminate, daemon=True)  # it may wait for a lock that a dead rank had
+        ending.start()
+        ending.join(SECONDS_TO_END)
+        for rank in ranks:
+            rank.kill()
 
 
 def main() -> int:

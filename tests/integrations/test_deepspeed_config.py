@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 pytest.importorskip("deepspeed")
 
@@ -162,3 +164,19 @@ def test_decay_is_that_of_deepspeeds_adam_where_it_is_left_out() -> None:
     assert params == {"lr": 1e-3, "weight_decay": 0.0, "torch_adam": True}
     params = split(optimizer={"type": "AdamW", "params": {"torch_adam": True}}).deepspeed["optimizer"]["params"]
     assert params == {"torch_adam": True}  # torch's own default
+
+
+def test_deepspeeds_adam_may_be_asked_for() -> None:
+    """As DeepSpeed refuses another optimizer then; its own default does not count, since ours has no slow one."""
+    from deepspeed.runtime.zero.utils import ZeRORuntimeException
+
+    from offload.integrations.deepspeed import initialize
+
+    model = nn.Linear(2, 2)
+    config = {
+        "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+        "zero_force_ds_cpu_optimizer": True,
+        "interleaved_offload": {},
+    }
+    with pytest.raises(ZeRORuntimeException, match="asks for DeepSpeedCPUAdam and the optimizer is AdamW; leave"):
+        initialize(model=model, optimizer=torch.optim.AdamW(model.parameters()), config=config)
