@@ -161,7 +161,6 @@ constexpr size_t kTwoPairs = 4 * Lane::kWidth;
 template <class Rule>
 OFFLOAD_INLINE void WriteFirst(const Buffers& b, size_t begin, Staged& staged, const Scaling& scaling) {
   const Vec inverse = Lane::Broadcast(scaling.inverse);
-  uint8_t* const codes = static_cast<uint8_t*>(b.first) + begin;
   Int number = EvenNumbers(b.rounding, begin);
   for (size_t i = 0; i < kStateBlock; i += kTwoPairs) {
     const Roots roots = BeginRoots(staged.first + i, inverse);
@@ -173,12 +172,13 @@ OFFLOAD_INLINE void WriteFirst(const Buffers& b, size_t begin, Staged& staged, c
       Lane::Store(staged.second_thresholds + i + k * Lane::kWidth, Lane::ToFloat(both.second));
     }
     if constexpr (Rule::kHasFirst) {
-      NarrowFirst(staged.first + i, staged.first_signs + i / 2, roots, inverse, thresholds, codes + i);
+      uint8_t* const codes = static_cast<uint8_t*>(b.first) + begin + i;
+      NarrowFirst(staged.first + i, staged.first_signs + i / 2, roots, inverse, thresholds, codes);
     }
   }
   if constexpr (Rule::kHasFirst) {
     b.first_scale[begin / kStateBlock] = scaling.scale;
-    if (scaling.inverse == 0.0f) std::memset(codes, 0, kStateBlock);
+    if (scaling.inverse == 0.0f) std::memset(static_cast<uint8_t*>(b.first) + begin, 0, kStateBlock);
   }
 }
 
@@ -186,7 +186,6 @@ OFFLOAD_INLINE void WriteFirst(const Buffers& b, size_t begin, Staged& staged, c
 template <class Rule>
 OFFLOAD_INLINE void WriteSecond(const Buffers& b, size_t begin, const Staged& staged, const Scaling& scaling) {
   const Vec inverse = Lane::Broadcast(scaling.inverse);
-  uint8_t* const codes = static_cast<uint8_t*>(b.second) + begin;
   for (size_t i = 0; i < kStateBlock; i += kTwoPairs) {
     const Roots roots = BeginRoots(staged.second + i, inverse);
     for (size_t k = i; k < i + kTwoPairs; k += 2 * Lane::kWidth) {
@@ -194,12 +193,13 @@ OFFLOAD_INLINE void WriteSecond(const Buffers& b, size_t begin, const Staged& st
                                      false);
     }
     if constexpr (Rule::kHasSecond) {
-      NarrowSecond(staged.second + i, roots, inverse, staged.second_thresholds + i, codes + i);
+      uint8_t* const codes = static_cast<uint8_t*>(b.second) + begin + i;
+      NarrowSecond(staged.second + i, roots, inverse, staged.second_thresholds + i, codes);
     }
   }
   if constexpr (Rule::kHasSecond) {
     b.second_scale[begin / kStateBlock] = scaling.scale;
-    if (scaling.inverse == 0.0f) std::memset(codes, 0, kStateBlock);
+    if (scaling.inverse == 0.0f) std::memset(static_cast<uint8_t*>(b.second) + begin, 0, kStateBlock);
   }
 }
 
