@@ -23,8 +23,18 @@ same model, link and memory, but for the row that says otherwise:
   CPUAdam and the passes around it touch;
 - ``paper``: gradients while backward runs, every second subgroup visits the device through one slot, after backward;
 - ``in order``: our best split, after backward;
-- ``next forward``: the split that the planner takes under the next forward. The figures are about this one;
+- ``next forward``: the split that the planner takes under the next forward;
+- ``next forward, early gradients``: the same, and gradients of CPU updates go down while backward runs;
+- ``next forward, early gradients, split16``: the same with ``state_format="split16"``, whose masters are the parameters
+  and 16-bit remainders: 10 bytes a parameter cross each way where fp32 state has 12, and every result has the same
+  bits. CPU updates are charged at the profile's rate for it. The baselines keep fp32 state, as they have no other;
 - ``in backward``: our best split without clipping, begun in backward.
+
+The figures are about the two rows with early gradients: on each machine about the shorter of them, as one takes split16
+where links or host memory bind and fp32 where the cores do. Those of the fp32 row alone, with the baselines' own state,
+stand beside them with ``_fp32``; ``exposed_fraction`` is the worse of the two rows. Our rows go through
+:data:`NUM_SLOTS` device buffers, of a 24th of the model's state each on the emulated device and a 48th in the second
+table; the paper's through one, the others through none.
 
 The second is simulated: the same schedules for the models of the paper by :func:`offload.phases.predict_step`. A
 blocking copy lengthens backward there.
@@ -40,6 +50,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -48,7 +59,7 @@ from torch.utils.hooks import RemovableHandle
 
 import offload
 from bench import step_wall_clock
-from offload._table import format_table
+from bench.step_overlap_report import OURS_FP32, OURS_SPLIT16, Row, show, summary
 from offload.hardware import HardwareProfile
 from offload.homes import Homes
 from offload.jobs import equal_subgroups
@@ -59,16 +70,16 @@ from offload.phases import Hiding, predict_step
 from offload.plan import Placement, Plan, lower
 from offload.planner import Search, stride_plan
 from offload.policy import Overlap
+from offload.state_layout import StateKind
 
 PROFILES = ("h100-sxm-16-cores", "rtx4090-desktop")
 MODELS = {"7B": 6.74e9, "13B": 13.0e9, "20B": 20.6e9}
 TOKENS = 2048
 FORWARD_OPERATIONS, BACKWARD_OPERATIONS = 2, 6  # per parameter and token, with recomputation
-NUM_SLOTS, NUM_STAGING = 3, 4
+NUM_SLOTS, NUM_STAGING = 4, 4
 NUM_SUBGROUPS = 48
 ROWS = 8  # that the model on the emulated device really computes
 WARM_UP, MEASURED = 2, 2  # steps
-OURS = "next forward"
 FUSED_BYTES, CPU_ADAM_BYTES = 28, 46  # of host memory a parameter
 
 
@@ -81,6 +92,7 @@ class Schedule:
         converts: and for its conversion by the CPU.
         host_bytes: of host memory that a CPU update touches, a parameter.
         in_backward: the update begins there, and nothing is clipped.
+        early_gradients, state_format: as in :class:`offload.AdamW`.
     """
 
     name: str
@@ -90,6 +102,16 @@ class Schedule:
     converts: bool = False
     host_bytes: int = FUSED_BYTES
     in_backward: bool = False
+    early_gradients: bool = False
+    state_format: str = "fp32"
+
+    @property
+    def hiding(self) -> Hiding:
+        return Hiding(self.overlap, self.in_backward, early_gradients=self.early_gradients)
+
+    def host_rate(self, profile: HardwareProfile) -> float:
+        """Parameters/s of its CPU updates."""
+        return profile.host_update_rate(self.state_format) * FUSED_BYTES / self.host_bytes
 
     def blocked_s(self, numel: int, profile: HardwareProfile) -> float:
         """What backward waits beside the copy itself."""
@@ -107,7 +129,19 @@ class Window:
     backward_s: float
 
 
+def searches(profile: HardwareProfile, numel: int, subgroup_numel: int) -> dict[str, Search]:
+    """Of the same subgroups in each format of the state."""
+    return {
+        state_format: Search(
+            equal_subgroups(numel, subgroup_numel, 2, StateKind(state_format)),
+            Rates.from_profile(profile, state_format=state_format),
+        )
+        for state_format in {schedule.state_format for schedule in SCHEDULES}
+    }
+
+
 def windows(profile: HardwareProfile, search: Search) -> list[Window]:
+    """Of a model whose update ``search`` is about."""
     numel = sum(subgroup.numel for subgroup in search.subgroups)
     token_s = numel * TOKENS / profile.device_flops
     update_s = search.best_share(_homes(search, NUM_SLOTS, NUM_STAGING)).update_s
@@ -135,10 +169,17 @@ def _best_split(search: Search, _: Sequence[Layer]) -> Plan:
     return search.best_share(_homes(search, NUM_SLOTS, NUM_STAGING)).plan
 
 
-def _best_under_forward(search: Search, layers: Sequence[Layer]) -> Plan:
-    best, visitors = _best_split(search, layers), range(len(search.subgroups))
-    ((_, step),) = hide(best, search.subgroups, search.rates, layers, [Hiding("next_forward")], visitors)
+def _best_under_forward(search: Search, layers: Sequence[Layer], *, early_gradients: bool = False) -> Plan:
+    best, num, hiding = (
+        _best_split(search, layers),
+        len(search.subgroups),
+        Hiding("next_forward", early_gradients=early_gradients),
+    )
+    ((_, step),) = hide(best, search.subgroups, search.rates, layers, [hiding], range(num), most_staging=num)
     return step.plan
+
+
+_best_with_early_gradients = partial(_best_under_forward, early_gradients=True)
 
 
 SCHEDULES = (
@@ -148,25 +189,11 @@ SCHEDULES = (
     Schedule("zero-offload today, its kernel", "backward", _all_host, host_bytes=CPU_ADAM_BYTES),
     Schedule("paper", "backward", _paper),
     Schedule("in order", "none", _best_split),
-    Schedule(OURS, "next_forward", _best_under_forward),
+    Schedule("next forward", "next_forward", _best_under_forward),
+    Schedule(OURS_FP32, "next_forward", _best_with_early_gradients, early_gradients=True),
+    Schedule(OURS_SPLIT16, "next_forward", _best_with_early_gradients, early_gradients=True, state_format="split16"),
     Schedule("in backward", "next_forward", _best_split, in_backward=True),
 )
-
-
-@dataclass(frozen=True)
-class Row:
-    """Seconds of one step, and of its forward and backward alone."""
-
-    profile: str
-    model: str
-    window: str
-    schedule: str
-    step_s: float
-    alone_s: float
-
-    @property
-    def exposed_fraction(self) -> float:
-        return 1 - self.alone_s / self.step_s
 
 
 # ---- on the emulated device
@@ -214,20 +241,20 @@ def emulated(profile: HardwareProfile, width: int, num_layers: int) -> Iterator[
     sim.emulate(profile)
     model = build(width, num_layers)
     numel = sum(param.numel() for param in model.parameters())
-    search = Search(equal_subgroups(numel, width * width, 2), Rates.from_profile(profile))
-    for window in windows(profile, search):
+    search_of = searches(profile, numel, width * width)
+    for window in windows(profile, search_of["fp32"]):
         layers = [Layer(window.forward_s / num_layers, window.backward_s / num_layers)] * num_layers
         sim.configure("sync", races=False, poison=False)
         alone_s = steps_s(model, None, window)
         for schedule in SCHEDULES:
             sim.configure("sync", races=False, poison=False)
-            sim.set_profile(
-                host_update_params_per_s=profile.host_update_params_per_s * FUSED_BYTES / schedule.host_bytes
-            )
+            sim.set_profile(host_update_params_per_s=schedule.host_rate(profile))
             optimizer = offload.AdamW(
                 model.parameters(),
-                plan=schedule.plan(search, layers),
+                plan=schedule.plan(search_of[schedule.state_format], layers),
                 overlap=schedule.overlap,
+                early_gradients=schedule.early_gradients,
+                state_format=schedule.state_format,
                 subgroup_numel=width**2,
             )
             hooks = [*_blocking(model, optimizer, schedule, profile)] if schedule.blocks else []
@@ -261,69 +288,23 @@ def _blocking(
 
 def simulated(profile: HardwareProfile, name: str, model_numel: float) -> Iterator[Row]:
     """Every schedule on virtual lanes, for one rank's share of a model; a blocking copy lengthens backward."""
-    rates = Rates.from_profile(profile)
     numel = int(model_numel) // profile.num_ranks_per_node
-    search = Search(equal_subgroups(numel, -(-numel // NUM_SUBGROUPS), 2), rates)
-    for window in windows(profile, search):
+    search_of = searches(profile, numel, -(-numel // NUM_SUBGROUPS))
+    for window in windows(profile, search_of["fp32"]):
         for schedule in SCHEDULES:
-            blocked_s = 2 * numel / rates.d2h_bytes_per_s if schedule.blocks else 0.0
+            search = search_of[schedule.state_format]
+            blocked_s = 2 * numel / profile.d2h_bytes_per_s if schedule.blocks else 0.0
             blocked_s += schedule.blocked_s(numel, profile)
             layer = Layer(window.forward_s / NUM_SUBGROUPS, (window.backward_s + blocked_s) / NUM_SUBGROUPS)
-            its_rate = rates.host_update_params_per_s * FUSED_BYTES / schedule.host_bytes
             step = predict_step(
                 schedule.plan(search, [layer] * NUM_SUBGROUPS),
                 search.subgroups,
-                replace(rates, host_update_params_per_s=its_rate),
+                replace(search.rates, host_update_params_per_s=schedule.host_rate(profile)),
                 [layer] * NUM_SUBGROUPS,
-                Hiding(schedule.overlap, schedule.in_backward),
+                schedule.hiding,
             )
             alone_s = window.forward_s + window.backward_s
             yield Row(profile.name, name, window.name, schedule.name, step.step_s, alone_s)
-
-
-# ---- what is shown
-
-
-def ratio(rows: Sequence[Row], baseline: str, window: str) -> float:
-    """Least speed-up over ``baseline`` of the machines and models in ``rows``."""
-    seconds = {(row.profile, row.model, row.window, row.schedule): row.step_s for row in rows}
-    return min(
-        seconds[row.profile, row.model, window, baseline] / row.step_s
-        for row in rows
-        if (row.window, row.schedule) == (window, OURS)
-    )
-
-
-def show(title: str, rows: Sequence[Row]) -> None:
-    print(f"\n{title}")
-    cells = [["profile", "model", "window", "schedule", "step", "update exposed"]]
-    for row in rows:
-        times = [f"{row.step_s * 1e3:.1f} ms", f"{row.exposed_fraction:.1%}"]
-        cells.append([row.profile, row.model, row.window, row.schedule, *times])
-    print(format_table(cells))
-
-
-BASELINES = {
-    "vs_zero_offload": "zero-offload 2024",
-    "vs_zero_offload_pinned": "zero-offload 2024, pinned",
-    "vs_zero_offload_today": "zero-offload today",
-    "vs_zero_offload_today_its_kernel": "zero-offload today, its kernel",
-    "vs_paper": "paper",
-    "vs_in_order": "in order",
-}
-
-
-def summary(rows: Sequence[Row]) -> dict[str, object]:
-    """The figures that are held against goals: speed-ups in the paper's window, the exposed share in one that suffices.
-
-    ``where_windows_suffice`` has the speed-ups in that one.
-    """
-    exposed = max(row.exposed_fraction for row in rows if (row.schedule, row.window) == (OURS, "suffices"))
-    return {
-        **{key: ratio(rows, name, "paper") for key, name in BASELINES.items()},
-        "exposed_fraction": exposed,
-        "where_windows_suffice": {key: ratio(rows, name, "suffices") for key, name in BASELINES.items()},
-    }
 
 
 def main() -> None:

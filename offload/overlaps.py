@@ -3,8 +3,12 @@
 [Note: a head start]
 Under the next forward the CPU updates as fast as forward reads, at best, and forward has to wait for the first of them:
 gradient down, update, parameters up. A state that came up in backward is updated at once. So the first subgroups of the
-forward visit, as many as keep a slot free for later ones, and the CPU is ahead by as much. Where forward is long enough
-fewer visits than the fastest split has do, as they leave links and host memory to the CPU.
+forward visit, as many as keep a slot free for later ones, and the CPU is ahead by as much.
+
+[Note: the share of a whole step]
+The fastest split of the update alone need not make the shortest step. Where forward is long enough fewer visits do, as
+they leave links and host memory to the CPU; where gradients come down in backward a CPU update costs less than it did.
+So quarters of its visits are tried too.
 """
 
 from __future__ import annotations
@@ -54,7 +58,8 @@ def hide(
     """The step of ``plan`` with its update hidden in each of ``ways``, the shortest first; of equals the first of them.
 
     A step's own plan says in which order, through how many slots and, among ``visitors``, which subgroups visit: see
-    [Note: a head start]. Where early gradients are asked for, it goes through up to ``most_staging`` staging buffers.
+    [Note: a head start] and [Note: the share of a whole step]. Where early gradients are asked for, it goes through up
+    to ``most_staging`` staging buffers.
     """
     steps = []
     for hiding in ways:
@@ -112,12 +117,13 @@ class _Buffers(NamedTuple):
 def _head_starts(
     plan: Plan, subgroups: Sequence[Subgroup], visitors: Collection[int], buffers: _Buffers
 ) -> Iterator[list[Placement]]:
-    """Placements whose first subgroups visit; all visits of ``plan``, twice the first ones, or those alone."""
+    """Placements whose first subgroups visit: those alone, twice as many, and quarters of the visits of ``plan``."""
     able = [s.index for s in subgroups if s.index in visitors]
     first = min(buffers.num_slots - 1, plan.num_visits)
     if first < 1 or buffers.num_staging == 0:
         return
-    for num in sorted({first, min(2 * first, plan.num_visits), plan.num_visits}):
+    quarters = [max(first, plan.num_visits * i // 4) for i in range(1, 5)]
+    for num in sorted({first, min(2 * first, plan.num_visits), *quarters}):
         others = evenly(able[first:], num - first)
         yield [
             where if where is Placement.RESIDENT
