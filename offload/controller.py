@@ -39,7 +39,7 @@ MAX_SAMPLE = 48  # subgroups that the search for the best share looks at
 NUM_LAYERS = 24  # that the model is taken to have where a whole step is predicted
 AUTO_OVERLAPS: tuple[Overlap, ...] = ("none", "next_forward")  # those that need no promise of the user's
 
-Action = Literal["kept", "reordered", "moved", "probed"]
+Action = Literal["kept", "reordered", "moved", "returned", "probed"]
 
 
 class _Choice(NamedTuple):
@@ -57,7 +57,8 @@ class Decision:
         ran: the plan that was measured.
         predicted_s: its update by the rates known before; None when there were none.
         rates: known after it.
-        action: what was done about the plan: "probed" moves subgroups only to measure a side, "reordered" none.
+        action: what was done about the plan: "probed" moves subgroups only to measure a side, "reordered" none,
+            "returned" moves them towards a share that was measured to be shorter.
         moved: subgroups whose placement changes with the next step.
         plan: of the next step.
         current_s, target_s: predicted at ``rates``: of the plan that ran, and of the best share there is.
@@ -209,7 +210,7 @@ class Controller:
             shortest = min(self._seen_s, key=lambda num: self._seen_s[num][-1])
             if self._was_no_shorter(shortest, plan.num_visits):
                 return _Choice("kept" if plan is ran else "moved", plan, current_s, target_s)
-            next_placements = self._towards(shortest, placements)
+            return _Choice("returned", self._lower(self._towards(shortest, placements)), current_s, target_s)
         moves = next_placements != placements or plan is not ran
         action: Action = "probed" if target != best_num else "moved" if moves else "reordered"
         return _Choice(action, self._lower(next_placements), current_s, target_s)

@@ -77,5 +77,7 @@ def _why(decision: Decision) -> str:
             return f"reordered operations: a gain of {gain:.1%} by prediction"
         case "moved":
             return f"moved subgroups {list(decision.moved)} to the other side: the best share gains {gain:.1%}"
+        case "returned":
+            return f"moved subgroups {list(decision.moved)} back: a share was measured to be shorter"
         case "probed":
             return f"moved subgroups {list(decision.moved)}, to measure what was not measured (for long)"
