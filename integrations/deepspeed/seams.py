@@ -101,6 +101,8 @@ STAGE12_SEAMS = (
     Seam(STAGE12, f"{_Z12}.initialize_optimizer_states", (), "replaced: our states are the optimizer's"),
     Seam(STAGE12, f"{_Z12}.reduce_ready_partitions_and_remove_grads", ("param", "i"), "extended: backward has begun"),
     Seam(STAGE12, f"{_Z12}.step", ("closure",), "extended: shows DeepSpeed 16-bit partitions while it runs"),
+    Seam(STAGE12, f"{_Z12}.scaled_global_norm", ("norm_type",), "extended: unused parameters"),
+    Seam(STAGE12, f"{_Z12}.get_param_id", ("param",), "called"),
     Seam(STAGE12, f"{_Z12}.unscale_and_clip_grads", ("grad_groups_flat", "total_norm"), "replaced: a factor"),
     Seam(STAGE12, f"{_Z12}._optimizer_step", ("group_no",), "replaced: the update"),
     Seam(STAGE12, f"{_Z12}._link_all_hp_params", (), "called after a load"),
@@ -117,9 +119,9 @@ STAGE3_ATTRIBUTES = (
     "sub_group_to_group_id",
 )  # fmt: skip
 STAGE12_ATTRIBUTES = (
-    "bit16_groups", "bit16_groups_flat", "clip_grad", "device", "loss_scale", "optimizer",
-    "parallel_partitioned_bit16_groups", "real_dp_process_group", "single_partition_of_fp32_groups",
-    "_hp_optimizer_states_linked",
+    "bit16_groups", "bit16_groups_flat", "clip_grad", "device", "ignore_unused_parameters", "loss_scale", "optimizer",
+    "parallel_partitioned_bit16_groups", "params_in_partition", "real_dp_process_group",
+    "single_partition_of_fp32_groups", "_hp_optimizer_states_linked",
 )  # fmt: skip
 
 

@@ -34,6 +34,7 @@ class OffloadedStage12(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSpe
         seams.check_attributes(self, seams.STAGE12_ATTRIBUTES)
         self._lazy_init_hp_params_optimizer_state()
         self._states = PendingStates(self.offloaded, self._readers_of_states())
+        self._used: set[int] = set()  # parameters with a gradient since the last step, by DeepSpeed's number
         self.accumulated_grads_in_cpu: dict[int, Tensor] = {}  # DeepSpeed's has it when it offloads: none are here
 
     @property
@@ -76,8 +77,19 @@ class OffloadedStage12(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSpe
         """DeepSpeed's, once a parameter's gradient is there. This rank's flat gradients are made in the step only."""
         super().reduce_ready_partitions_and_remove_grads(param, i)
         self.offloaded.gradient_arrived(0)
+        self._used.add(self.get_param_id(param))
 
     # ---- the step
+
+    def scaled_global_norm(self, *args: Any, **kwargs: Any) -> Any:
+        """DeepSpeed's, which looks for parameters without gradients only where it offloads itself."""
+        owned = itertools.chain.from_iterable(self.params_in_partition)
+        if not self.ignore_unused_parameters and any(self.get_param_id(param) not in self._used for param in owned):
+            raise AssertionError(
+                "ignore_unused_parameters=false, and parameters had no gradient in this step: let the loss depend on "
+                "all that are trained, or set zero_optimization.ignore_unused_parameters to true"
+            )
+        return super().scaled_global_norm(*args, **kwargs)
 
     def step(self, closure: Any = None) -> None:
         """DeepSpeed's, with partitions of the training dtype where it expects fp32 ones.
@@ -91,6 +103,7 @@ class OffloadedStage12(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSpe
             for flat in self.single_partition_of_fp32_groups:
                 flat.grad = None
             self.single_partition_of_fp32_groups = list(self.offloaded.masters)
+            self._used.clear()
         if self.offloaded.has_grads:
             self.offloaded.step_put_grads(self._readers_of_partitions())
             self._states.await_where_read()

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import offload
 from offload import Placement
 from tests.integrations.deepspeed_training import (
     HYPER,
+    WIDTH,
     Model,
     Trained,
     close,
@@ -226,3 +228,32 @@ def test_only_adam_can_be_offloaded(ds: ModuleType) -> None:
     configuration["zero_allow_untested_optimizer"] = True
     with pytest.raises(TypeError, match="SGD cannot be offloaded"):
         engine_of(configuration, model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+class WithUnused(Model):
+    """Has a layer that the loss depends on in odd micro-batches only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Linear(WIDTH, WIDTH)
+        self.num_calls = 0
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        self.num_calls += 1
+        loss = super().forward(tokens)
+        return loss + self.unused.weight.sum() + self.unused.bias.sum() if self.num_calls % 2 else loss
+
+
+@pytest.mark.parametrize(("stage", "num_micro"), [(1, 1), (2, 2)])
+def test_unused_parameters_are_an_error_where_that_is_asked_for(ds: ModuleType, stage: int, num_micro: int) -> None:
+    """As DeepSpeed has it where it offloads; used in one of a step's micro-batches is used."""
+    found = ours(config(stage, num_micro=num_micro))
+    found["zero_optimization"]["ignore_unused_parameters"] = False
+    engine = engine_of(found, WithUnused())
+    train(engine, 1)
+    if num_micro == 1:
+        with pytest.raises(AssertionError, match="ignore_unused_parameters"):
+            train(engine, 1, first=1)
+    else:
+        train(engine, 1, first=1)
+    close(engine)
