@@ -67,7 +67,8 @@ def hide(
         lower = partial(
             schedule, subgroups=subgroups, rates=rates, num_slots=buffers.num_slots, num_staging=buffers.num_staging
         )
-        placements = [plan.placements[subgroup.index] for subgroup in subgroups]
+        where = plan.placements  # makes them anew
+        placements = [where[subgroup.index] for subgroup in subgroups]
         plans = [plan if buffers == _Buffers.of(plan) else lower(placements)]
         if hiding.overlap == "backward" or hiding.in_backward:  # in the order in which backward makes gradients
             plans.append(lower(placements, order=range(len(subgroups) - 1, -1, -1)))
