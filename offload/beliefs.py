@@ -153,9 +153,7 @@ class Beliefs:
     def without_cpu_updates(self) -> Rates | None:
         """Rates of a step in which all visitors visit, if copies were slowed down beside CPU updates as these were."""
         rates, slowdown = self.at(self._num_visitors), self._costs["host"].slowdown
-        if rates is None or not self.lack_links_alone:
-            return rates
-        return replace(
+        return rates and replace(
             rates,
             h2d_bytes_per_s=rates.h2d_bytes_per_s * slowdown,
             d2h_bytes_per_s=rates.d2h_bytes_per_s * slowdown,

@@ -225,10 +225,10 @@ class Controller:
             return None
         if self._beliefs.lack_cpu_alone:
             return 0
-        num = len(self._visitors)
-        rates = self._beliefs.without_cpu_updates()
-        if rates is None or not self._beliefs.lack_links_alone:
+        rates = self._beliefs.without_cpu_updates() if self._beliefs.lack_links_alone else None
+        if rates is None:
             return None
+        num = len(self._visitors)
         plan = self._spread(num)
         return num if Predictor(self._subgroups, rates).predict(plan).update_s < (1 + HOPE) * current_s else None
 

@@ -120,7 +120,7 @@ def _head_starts(
 ) -> Iterator[list[Placement]]:
     """Placements whose first subgroups visit: those alone, twice as many, and quarters of the visits of ``plan``."""
     able = [s.index for s in subgroups if s.index in visitors]
-    first = min(buffers.num_slots - 1, plan.num_visits)
+    first = min(buffers.num_slots - 1, plan.num_visits, len(able))
     if first < 1 or buffers.num_staging == 0:
         return
     quarters = [max(first, plan.num_visits * i // 4) for i in range(1, 5)]

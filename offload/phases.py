@@ -6,7 +6,7 @@ the next forward, as it does on the machine.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
 
 from offload.executor import await_params, early_operations, enqueue_early, enqueue_update, run_update
@@ -204,7 +204,7 @@ class _Training:
                 await_params(subgroup, self._lanes.compute)
         return _submit(self._lanes, "forward", layer.forward_s)
 
-    def _backward(self) -> tuple[list[VirtualEvent], list[Op]]:
+    def _backward(self) -> tuple[list[VirtualEvent], Set[Op]]:
         """Backward with the transfers that begin in it, which it returns too."""
         hiding = self._hiding
         early = [] if hiding.overlap == "none" else early_operations(self._plan)
@@ -229,7 +229,7 @@ class _Training:
             copied = self._subgroups[index].grad_on_host
             assert copied is not None
             self._lanes.compute.wait(copied)
-        return backward, early
+        return backward, set(early)
 
     def _begin(self, op: Op) -> None:
         enqueue_early(op, *self._buffers, self._lanes, grads_ready=self._lanes.compute.mark())

@@ -7,9 +7,11 @@ new parameters) queueing behind long ones (states). Here each lane takes, whenev
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from offload.bounds import bound_of, load_of_plan
 from offload.perf_model import Rates
@@ -39,6 +41,7 @@ class _Visit:
     buffer: int | None
     kinds: Iterator[OpKind]
     ready_s: float
+    number: int  # in the order in which they entered
     kind: OpKind = OpKind.GRAD_DOWN
     lane: int = 0
     urgency: int = 0
@@ -51,6 +54,35 @@ class _Visit:
         self.kind = kind
         self.lane, self.urgency = _LANE_AND_URGENCY[kind]
         return True
+
+
+_Start = tuple[float, int, int]  # when, urgency and number: the least goes first
+_NEVER: _Start = (math.inf, 0, 0)
+
+
+@dataclass(slots=True, eq=False)
+class _LaneOrder:
+    """Visits whose next operation is one lane's, which is free from ``free_s`` on; many may wait for it."""
+
+    free_s: float = 0.0
+    _later: list[tuple[_Start, _Visit]] = field(default_factory=list)  # a heap
+    _ready: list[tuple[int, int, _Visit]] = field(default_factory=list)  # a heap of those that wait for the lane alone
+
+    def add(self, visit: _Visit) -> None:
+        heapq.heappush(self._later, ((visit.ready_s, visit.urgency, visit.number), visit))
+
+    def next_start(self) -> _Start:
+        """Of the operation that may start first."""
+        while self._later and self._later[0][0][0] <= self.free_s:
+            (_, urgency, number), visit = heapq.heappop(self._later)
+            heapq.heappush(self._ready, (urgency, number, visit))
+        if self._ready:
+            return (self.free_s, *self._ready[0][:2])
+        return self._later[0][0] if self._later else _NEVER
+
+    def pop(self) -> _Visit:
+        """The visit of :meth:`next_start`, which was asked for since the last change."""
+        return heapq.heappop(self._ready)[-1] if self._ready else heapq.heappop(self._later)[1]
 
 
 def schedule(
@@ -72,15 +104,21 @@ def schedule(
     seconds_of = _durations(lower(placements, num_slots=num_slots, num_staging=num_staging), subgroups, rates)
     ordered = [subgroups[i] for i in (range(len(subgroups)) if order is None else order)]
     waiting = {where: iter([s for s in ordered if placements[s.index] is where]) for where in CHAINS}
-    visits: list[_Visit] = []
+    lanes = [_LaneOrder() for _ in range(_NUM_LANES)]
+    starts = [_NEVER] * _NUM_LANES  # what each lane may start next
+    numbers = itertools.count()
+
+    def wait_for_lane(visit: _Visit) -> None:
+        lanes[visit.lane].add(visit)
+        starts[visit.lane] = lanes[visit.lane].next_start()
 
     def enter(where: Placement, buffer: int | None, ready_s: float) -> None:
         """Let the next subgroup of ``where`` have ``buffer``."""
         subgroup = next(waiting[where], None)
         if subgroup is not None:
-            visit = _Visit(subgroup, buffer, iter(CHAINS[where]), ready_s)
+            visit = _Visit(subgroup, buffer, iter(CHAINS[where]), ready_s, next(numbers))
             visit.advance()
-            visits.append(visit)
+            wait_for_lane(visit)
 
     for buffer in range(num_staging):
         enter(Placement.HOST, buffer, 0.0)
@@ -88,21 +126,17 @@ def schedule(
         enter(Placement.DEVICE, buffer, 0.0)
     enter(Placement.RESIDENT, None, 0.0)
 
-    free_s = [0.0] * _NUM_LANES
     ops: list[Op] = []
-    while visits:
-        first_s, first = math.inf, visits[0]
-        for visit in visits:
-            start_s = free_s[visit.lane]
-            if visit.ready_s > start_s:
-                start_s = visit.ready_s
-            if start_s < first_s or (start_s == first_s and visit.urgency < first.urgency):
-                first_s, first = start_s, visit
-        ops.append(Op(first.kind, first.subgroup.index, first.buffer))
-        free_s[first.lane] = first.ready_s = first_s + seconds_of(first.kind, first.subgroup)
-        if not first.advance():
-            visits.remove(first)
-            enter(placements[first.subgroup.index], first.buffer, first.ready_s)
+    while (start := min(starts)) < _NEVER:
+        lane = lanes[at := starts.index(start)]
+        visit = lane.pop()
+        ops.append(Op(visit.kind, visit.subgroup.index, visit.buffer))
+        lane.free_s = visit.ready_s = start[0] + seconds_of(visit.kind, visit.subgroup)
+        starts[at] = lane.next_start()
+        if visit.advance():
+            wait_for_lane(visit)
+        else:
+            enter(placements[visit.subgroup.index], visit.buffer, visit.ready_s)
     return Plan(tuple(ops))
 
 
