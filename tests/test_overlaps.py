@@ -54,6 +54,13 @@ def test_other_ways_keep_their_visits(hiding: Hiding) -> None:
     assert plan.placements == spread().placements
 
 
+def test_without_visitors_the_visits_stay() -> None:
+    """Even where fewer would be better: nobody else is known to be able to."""
+    slow_link = Rates(1e9, 1e9, 1e15, 1e15)
+    ((_, step),) = hide(spread(), SUBGROUPS, slow_link, [Layer(1e-9, 1e-9)] * NUM, [UNDER_FORWARD])
+    assert step.plan.placements == spread().placements
+
+
 def test_only_visitors_get_a_head_start() -> None:
     """The first subgroup's state is pageable, the second one's lives on the device."""
     plan, _ = best(spread(residents=(1,)), range(2, NUM))

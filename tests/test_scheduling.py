@@ -38,6 +38,55 @@ def test_every_schedule_is_a_valid_ordered_plan(
     check_ordering([plan, plan], subgroups)
 
 
+SECONDS = {"D": 1, "F": 6, "U": 1, "P": 6, "C": 5, "G": 2, "R": 2}  # of a parameter, at the rates below
+LANES = {"D": "d2h", "F": "d2h", "U": "h2d", "P": "h2d", "C": "host", "G": "compute", "R": "compute"}
+FIRST_OF_EQUALS = "UDCGFPR"
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    placed=st.lists(st.tuples(st.sampled_from(list(Placement)), st.sampled_from([1, 2, 5])), min_size=1, max_size=16),
+    num_slots=st.integers(1, 4),
+    num_staging=st.integers(1, 16),
+    data=st.data(),
+)
+def test_each_operation_is_the_one_that_can_start_first(
+    placed: list[tuple[Placement, int]], num_slots: int, num_staging: int, data: st.DataObject
+) -> None:
+    """Against a list of all visits that is gone through for each operation."""
+    placements = [where for where, _ in placed]
+    subgroups = [Subgroup(i, numel, 2 * numel, 12 * numel) for i, (_, numel) in enumerate(placed)]
+    order = data.draw(st.permutations(range(len(placed))))
+    waiting = {where: [i for i in order if placements[i] is where] for where in Placement}
+    visits: list[tuple[int, int | None, str, float]] = []  # subgroup, buffer, operations to come, when they may start
+
+    def enter(where: Placement, buffer: int | None, ready_s: float) -> None:
+        if waiting[where]:
+            chain = {HOST: "DCU", DEVICE: "PGF", RESIDENT: "R"}[where]
+            visits.append((waiting[where].pop(0), buffer, chain, ready_s))
+
+    for where, buffers in ((HOST, range(num_staging)), (DEVICE, range(num_slots)), (RESIDENT, (None,))):
+        for buffer in buffers:
+            enter(where, buffer, 0.0)
+    free_s = dict.fromkeys(LANES.values(), 0.0)
+    expected = []
+    while visits:
+        starts = [(max(free_s[LANES[ops[0]]], s), FIRST_OF_EQUALS.index(ops[0])) for _, _, ops, s in visits]
+        at = starts.index(min(starts))
+        index, buffer, ops, _ = visits[at]
+        expected.append(f"{ops[0]}{index}" + ("" if buffer is None else f"@{buffer}"))
+        end_s = starts[at][0] + SECONDS[ops[0]] * subgroups[index].numel
+        free_s[LANES[ops[0]]] = end_s
+        if ops[1:]:
+            visits[at] = (index, buffer, ops[1:], end_s)
+        else:
+            del visits[at]
+            enter(placements[index], buffer, end_s)
+    rates = Rates(2.0, 2.0, 1 / 5, 1 / 2)
+    plan = schedule(placements, subgroups, rates, num_slots=num_slots, num_staging=num_staging, order=order)
+    assert str(plan) == " ".join(expected)
+
+
 @pytest.mark.parametrize(("link", "cores"), [(25e9, 2e9), (12e9, 2e9)])
 def test_short_transfers_do_not_queue_behind_states(link: float, cores: float) -> None:
     """Half of 48 on each side: faster than the order that needs no rates."""
